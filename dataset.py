@@ -1,0 +1,284 @@
+"""i-CLEVR labels and pictures: from files to one multi-hot tensor and one uint8 tensor.
+
+Pictures are squashed to 64x64 without crop or padding: both would lose objects that the label names.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+
+ROOT = Path(__file__).resolve().parent  # the label files and weights that ship stand beside the scripts
+IMAGE_SIZE = 64
+NUM_OBJECTS = 24
+MAX_OBJECTS = 5  # a CLEVR scene of this kind holds no more
+CACHE_NAME = f".pictures-{IMAGE_SIZE}.safetensors"
+MANIFEST_NAME = "manifest.json"
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave, in one line: which file, which entry, what was expected."""
+
+
+def command(main):
+    """Wrap a script's `main(argv)`: an InputError or OSError becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None):
+        try:
+            return main(argv)
+        except InputError as error:
+            message = str(error)
+        except OSError as error:
+            message = f"{error.filename or 'input/output'}: {error.strerror or error}"
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    return run
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """An argparse type: an int or float from `low` to `high`."""
+
+    def parse(text: str):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
+        return value
+
+    return parse
+
+
+# ------------------------------------------------------------------------------------------------ label files
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    return result
+
+
+def load_json(path: Path | str):
+    """Parse a JSON file. Raises InputError if it is missing, cut off, not UTF-8, or repeats a key."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}: not valid JSON at character {error.pos} of {len(error.doc)}: {error.msg}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a valid JSON file: {error}") from None
+
+
+def load_objects(path: Path | str = ROOT / "objects.json") -> dict[str, int]:
+    """Read `objects.json`: 24 names, each with its own index in 0..23. Raises InputError."""
+    objects = load_json(path)
+    if not isinstance(objects, dict) or sorted(map(str, objects.values())) != sorted(
+        map(str, range(NUM_OBJECTS))
+    ):
+        raise InputError(
+            f"{path}: expected {NUM_OBJECTS} names with the indices 0 to {NUM_OBJECTS - 1}, each once"
+        )
+    return {name: int(index) for name, index in objects.items()}
+
+
+def check_condition(condition, objects: dict[str, int], where: str) -> list[str]:
+    """Return `condition` if it lists 1 to 5 different known names, else raise InputError with `where`."""
+    if not isinstance(condition, list) or not 1 <= len(condition) <= MAX_OBJECTS:
+        raise InputError(f"{where}: expected a list of 1 to {MAX_OBJECTS} objects, got {str(condition)[:80]}")
+    for name in condition:
+        if not isinstance(name, str) or name not in objects:
+            raise InputError(f"{where}: unknown object {name!r}, expected a name from objects.json")
+        if condition.count(name) > 1:
+            raise InputError(f"{where}: {name!r} stands there twice, expected different objects")
+    return condition
+
+
+def load_conditions(path: Path | str, objects: dict[str, int]) -> list[list[str]]:
+    """Read conditions (the format of `test.json`): a JSON list of lists of names. Raises InputError."""
+    conditions = load_json(path)
+    if not isinstance(conditions, list) or not conditions:
+        raise InputError(f"{path}: expected a list of lists of object names, like test.json")
+    return [check_condition(c, objects, f"{path}, entry {i}") for i, c in enumerate(conditions)]
+
+
+def load_labels(path: Path | str, objects: dict[str, int]) -> dict[str, list[str]]:
+    """Read labels of pictures (the format of `train.json`): file name -> list of names. Raises InputError."""
+    labels = load_json(path)
+    if not isinstance(labels, dict) or not labels:
+        raise InputError(
+            f"{path}: expected a mapping of file names to lists of object names, like train.json"
+        )
+    for filename, condition in labels.items():
+        scene_of(filename, path)
+        check_condition(condition, objects, f"{path}, entry {filename!r}")
+    return labels
+
+
+def multi_hot(conditions: list[list[str]], objects: dict[str, int]) -> torch.Tensor:
+    """Turn N lists of names into a float32 tensor [N, 24] of zeros and ones."""
+    labels = torch.zeros(len(conditions), NUM_OBJECTS)
+    for i, condition in enumerate(conditions):
+        labels[i, [objects[name] for name in condition]] = 1
+    return labels
+
+
+def scene_of(filename: str, path: Path | str = "labels") -> str:
+    """The scene of a picture: `CLEVR_train_002066_1.png` -> `CLEVR_train_002066`. Raises InputError."""
+    match = re.fullmatch(r"([\w-]+)_(\d+)\.png", filename)
+    if not match:
+        raise InputError(f"{path}, entry {filename!r}: expected a file name like CLEVR_train_002066_1.png")
+    return match[1]
+
+
+def split_by_scene(filenames: list[str], held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split picture indices into (train, held out) so that no scene has pictures in both."""
+    scenes = sorted({scene_of(f) for f in filenames})
+    order = np.random.default_rng(seed).permutation(len(scenes))
+    chosen = {scenes[i] for i in order[: round(held_out * len(scenes))]}
+    is_held = [scene_of(f) in chosen for f in filenames]
+    return [i for i, h in enumerate(is_held) if not h], [i for i, h in enumerate(is_held) if h]
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+
+def file_sha256(path: Path | str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_picture(path: Path) -> torch.Tensor:
+    """Decode an RGB or RGBA picture of any size, squashed to uint8 [3, 64, 64]. Raises InputError."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("RGB", "RGBA"):
+                raise InputError(f"{path}: expected an RGB or RGBA picture, got mode {image.mode}")
+            image = image.convert("RGB")  # alpha is dropped: the official pictures are opaque
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such picture, though the label file names it") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable picture ({' '.join(str(error).split())[:120]})") from None
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """float in [-1, 1] (clamped) -> uint8 in 0..255, the inverse of `to_float`."""
+    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def whole_scenes(folder: Path, labels_path: Path, labels: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The part of `labels` whose pictures are there, by the manifest that render.py leaves beside them.
+
+    Without a manifest (the lab's own folder) that is all of them. File names are the same in every i-CLEVR
+    set, so only the manifest can tell whether pictures and labels belong together: InputError if they do not.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return labels
+    manifest = load_json(folder / MANIFEST_NAME)
+    try:
+        made_from, done = manifest["labels_sha256"], int(manifest["scenes_done"])
+    except (TypeError, KeyError, ValueError):
+        raise InputError(
+            f"{folder / MANIFEST_NAME}: not a manifest of render.py; render into another folder"
+        ) from None
+    if made_from != file_sha256(labels_path):
+        raise InputError(
+            f"{folder}: these pictures were rendered from another label file than {labels_path} (its SHA-256 "
+            f"is not that of {MANIFEST_NAME}); render its own with `python render.py --labels {labels_path} "
+            f"--out DIR` and give --data DIR"
+        )
+    scenes = set(list(dict.fromkeys(map(scene_of, labels)))[:done])
+    return {f: c for f, c in labels.items() if scene_of(f) in scenes}
+
+
+def load_pictures(folder: Path, filenames: list[str]) -> torch.Tensor:
+    """Decode all pictures into uint8 [N, 3, 64, 64], kept in one file beside them for the next time.
+
+    The cache's key holds name, size and modification time of each file, so a changed file is noticed.
+    A folder that cannot be written to is decoded each time.
+    """
+    key = hashlib.sha256()
+    for filename in filenames:
+        try:
+            stat = (folder / filename).stat()  # follows links
+        except OSError:
+            raise InputError(
+                f"{folder / filename}: no such picture, though the label file names it"
+            ) from None
+        key.update(f"{filename} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    cache = folder / CACHE_NAME
+    try:
+        with safe_open(cache, "pt") as file:
+            if file.metadata() == {"key": key.hexdigest()}:
+                return file.get_tensor("images")
+    except (OSError, SafetensorError):
+        pass  # none yet, or cut off: it is made anew
+    with ThreadPoolExecutor() as pool:
+        images = torch.stack(list(pool.map(lambda f: read_picture(folder / f), filenames)))
+    temporary = cache.with_suffix(f".{os.getpid()}")
+    try:
+        save_file({"images": images}, temporary, metadata={"key": key.hexdigest()})
+        os.replace(temporary, cache)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        print(f"{folder}: decoded pictures are not kept for the next time ({error})", file=sys.stderr)
+    return images
+
+
+class ICLEVRDataset(Dataset):
+    """A folder of pictures with their label file.
+
+    `images` is uint8 [N, 3, 64, 64] and `labels` float32 [N, 24], both whole in memory; an item is a pair
+    of the picture as float32 [3, 64, 64] in [-1, 1] and its multi-hot label [24]. Raises InputError if
+    pictures are missing or broken, or if folder and label file do not belong together.
+    """
+
+    def __init__(self, folder: Path | str, labels_path: Path | str, objects: dict[str, int]):
+        folder, labels_path = Path(folder), Path(labels_path)
+        labels = load_labels(labels_path, objects)
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: no pictures there; make them with `python render.py --out {folder}`, or link the "
+                f"lab's own folder to that name and put its label files in place of these"
+            )
+        present = whole_scenes(folder, labels_path, labels)
+        if not present:
+            raise InputError(f"{folder}: holds no whole scene yet; run `python render.py --out {folder}` on")
+        self.total = len(labels)
+        self.filenames = list(present)
+        self.conditions = list(present.values())
+        self.labels = multi_hot(self.conditions, objects)  # [N, 24]
+        self.images = load_pictures(folder, self.filenames)  # [N, 3, 64, 64]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return to_float(self.images[index]), self.labels[index]

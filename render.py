@@ -1,0 +1,533 @@
+"""Draw i-CLEVR label files and render their pictures with Mitsuba 3.
+
+    python render.py                       # the 18,009 pictures of train.json into iclevr/
+    python render.py --limit 20            # its first 20 scenes
+    python render.py --random-scenes 1000 --out more   # new scenes of 1 to 5 objects, with more/labels.json
+    python render.py --make-labels --seed 0            # the label files that ship
+
+A picture is a function of (seed, scene name, objects) alone: the number of workers, the order and where a
+run was stopped leave no trace in it. Scene, lamps and materials are those of CLEVR (Johnson et al. 2017,
+arXiv 1612.06890) with the placement of i-CLEVR (El-Nouby et al. 2019, arXiv 1811.09845).
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dataset import (
+    MANIFEST_NAME,
+    MAX_OBJECTS,
+    ROOT,
+    InputError,
+    command,
+    file_sha256,
+    load_json,
+    load_labels,
+    load_objects,
+    number,
+    scene_of,
+)
+
+SHAPES = ("cube", "sphere", "cylinder")
+COLORS = {  # sRGB numbers that CLEVR hands to Blender as if they were linear
+    "gray": (87, 87, 87), "red": (173, 35, 35), "blue": (42, 75, 215), "green": (29, 105, 20),
+    "brown": (129, 74, 25), "purple": (129, 38, 192), "cyan": (41, 208, 208), "yellow": (255, 238, 51),
+}  # fmt: skip
+
+# The scene, in Blender's units (z up).
+CAMERA, FIELD_OF_VIEW = (7.4811, -6.5076, 5.3437), 49.134  # looks at the origin; horizontal angle in degrees
+LAMPS = {  # position, side, power in W, rgb: squares aimed at the origin
+    "key": ((6.446711, -2.905175, 4.258398), 0.5, 78.5398, (1, 0.9323, 0.8167)),
+    "fill": ((-4.671124, -4.013597, 3.011225), 0.5, 23.5619, (0.7617, 0.8177, 1)),
+    "back": ((-1.168501, 2.646024, 5.815737), 1.0, 39.2699, (1, 1, 1)),
+}
+LAMP_JITTER = 1.0  # each lamp of a scene moves by a uniform draw in [-1, 1] per axis
+SUN_DIRECTION, SUN_IRRADIANCE = (-0.4145, 0.1946, -0.8890), 0.45
+GROUND_ALBEDO = 0.8
+COVE = ((-23.556, 0), (-1.09, 0), (1.96, 0), (2.26, 0), (4.081, 23.215))  # Bezier points (distance, height)
+COVE_START, COVE_ALONG, COVE_ACROSS, COVE_WIDTH = (
+    (-24.0628, -17.9967),
+    (-0.9032, 0.4292),
+    (0.4292, 0.9032),
+    56.485,
+)
+OBJECT_SIZE = 0.6  # sphere radius, half-edge of a cube, radius and half-height of a cylinder
+CUBE_BEVEL, CYLINDER_BEVEL = 0.10, 0.09  # of OBJECT_SIZE
+PLACE_RANGE, MIN_DISTANCE = 3.0, 2.45  # centres in [-3, 3]^2, centre to centre
+MIN_VISIBLE = 200  # pixels of 320x240 that each of the five placed objects must show
+
+FILM_SIZES = {"64x64": (128, 96), "320x240": (320, 240)}  # 64x64 is squashed from 4:3, as the original is
+
+
+# --------------------------------------------------------------------------------------------------- labels
+
+
+def draw_objects(rng: np.random.Generator, count: int) -> list[str]:
+    """Shape and colour uniform; the colour is redrawn while that object is already there."""
+    names: list[str] = []
+    for _ in range(count):
+        shape = rng.choice(SHAPES)
+        color = rng.choice(list(COLORS))
+        while f"{color} {shape}" in names:
+            color = rng.choice(list(COLORS))
+        names.append(f"{color} {shape}")
+    return names
+
+
+def draw_conditions(rng: np.random.Generator, quota: dict, taken: set, in_train: set) -> list[list[str]]:
+    """Draw conditions by `quota`, (objects, colours, occurs in train) -> how many, none of them in `taken`.
+
+    Redrawn as a whole until all 24 objects appear. Sorted by number of objects.
+    """
+    while True:
+        left, conditions, used = dict(quota), [], set(taken)
+        while any(left.values()):
+            names = draw_objects(rng, int(rng.integers(1, 4)))
+            key = (len(names), len({n.split()[0] for n in names}), frozenset(names) in in_train)
+            if left.get(key, 0) and frozenset(names) not in used:
+                left[key] -= 1
+                used.add(frozenset(names))
+                conditions.append(names)
+        if len(set().union(*conditions)) == len(SHAPES) * len(COLORS):
+            return sorted(conditions, key=len)
+
+
+def make_labels(seed: int) -> dict[str, object]:
+    """The five label files with the statistics of the official ones: file name -> content."""
+    rng = np.random.default_rng(seed)
+    objects = {f"{c} {s}": i for i, (s, c) in enumerate((s, c) for s in SHAPES for c in COLORS)}
+    train = {}
+    for scene in rng.permutation(6003):
+        names = draw_objects(rng, 3)
+        train |= {f"CLEVR_train_{scene:06d}_{k}.png": names[: k + 1] for k in range(3)}
+    in_train = {frozenset(names) for names in train.values()}
+    test_quota = {(1, 1, True): 6, (2, 2, True): 12, (3, 3, True): 10, (3, 2, True): 3, (3, 3, False): 1}
+    new_test_quota = {(2, 1, True): 9, (2, 2, True): 3, (3, 1, True): 3, (3, 2, True): 16, (3, 3, True): 1}
+    test = draw_conditions(rng, test_quota, set(), in_train)
+    taken = set(map(frozenset, test))
+    new_test = draw_conditions(rng, new_test_quota, taken, in_train)
+    taken |= set(map(frozenset, new_test))
+    # Half like test, half like new_test; triples that train.json lacks stay out: a test of their own.
+    like_test = {(n, c, True): sum(k for (a, b, _), k in test_quota.items() if (a, b) == (n, c))
+                 for n, c, _ in test_quota}  # fmt: skip
+    validation = draw_conditions(rng, like_test, taken, in_train)
+    validation += draw_conditions(rng, new_test_quota, taken | set(map(frozenset, validation)), in_train)
+    return {
+        "objects.json": objects, "train.json": train, "test.json": test, "new_test.json": new_test,
+        "validation.json": sorted(validation, key=len),
+    }  # fmt: skip
+
+
+def random_labels(scenes: int, seed: int) -> dict[str, list[str]]:
+    """One picture each of `scenes` new scenes with 1 to 5 objects, as many of each number."""
+    labels = {}
+    for i in range(scenes):
+        rng = np.random.default_rng([seed, i])
+        names = draw_objects(rng, int(rng.integers(1, MAX_OBJECTS + 1)))
+        labels[f"CLEVR_random{seed}_{i:06d}_{len(names) - 1}.png"] = names
+    return labels
+
+
+def write_new(files: dict[Path, object]):
+    """Write JSON files in the official one-line form. If one is there and differs: InputError."""
+    texts = {path: json.dumps(content) for path, content in files.items()}
+    for path, text in texts.items():
+        if path.exists() and path.read_text() != text:
+            raise InputError(f"{path}: another file of that name stands there; choose another --out")
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+# ----------------------------------------------------------------------------------------- geometry and light
+
+
+def grid_faces(rows: int, columns: int) -> np.ndarray:
+    """Triangles [2 (rows - 1) (columns - 1), 3] of a grid of vertices stored row by row."""
+    i, j = np.meshgrid(np.arange(rows - 1), np.arange(columns - 1), indexing="ij")
+    a = (i * columns + j).ravel()
+    return np.concatenate(
+        [np.stack([a, a + columns + 1, a + 1], 1), np.stack([a, a + columns, a + columns + 1], 1)]
+    )
+
+
+def cube_mesh(bevel: float, segments: int = 6) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vertices, unit normals and faces of a cube of half-edge 1 with rounded edges."""
+    edge = 1 - bevel + bevel * np.tan(np.linspace(0, np.pi / 4, segments))
+    line = np.concatenate([-edge[::-1], edge])
+    u, v = (x.ravel() for x in np.meshgrid(line, line, indexing="ij"))
+    vertices, faces = [], []
+    for axis in range(3):
+        for sign in (1, -1):
+            side = np.empty((len(u), 3))
+            side[:, axis], side[:, (axis + 1) % 3], side[:, (axis + 2) % 3] = sign, sign * u, v
+            faces.append(grid_faces(len(line), len(line)) + len(vertices) * len(u))
+            vertices.append(side)
+    vertices = np.concatenate(vertices)
+    core = vertices.clip(bevel - 1, 1 - bevel)  # a rounded cube is a smaller cube with a ball rolled over it
+    normals = vertices - core
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    return core + bevel * normals, normals, np.concatenate(faces)
+
+
+def cylinder_mesh(
+    bevel: float, segments: int = 6, around: int = 96
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vertices, unit normals and faces of a cylinder of radius and half-height 1 with rounded rims."""
+    angle = np.linspace(0, np.pi / 2, segments)
+    turn = np.stack([np.sin(angle), np.cos(angle)], 1)  # normals (radial, up) from top to side
+    normal = np.concatenate([[[0, 1]], turn, turn[::-1] * [1, -1], [[0, -1]]])
+    corner = np.sign(normal[1:-1, 1:] + 1e-12) * [1 - bevel]
+    rim = np.concatenate([np.full_like(corner, 1 - bevel), corner], 1) + bevel * normal[1:-1]
+    profile = np.concatenate([[[0, 1]], rim, [[0, -1]]])
+    phi = np.linspace(0, 2 * np.pi, around + 1)
+
+    def revolve(p):
+        return np.stack([np.outer(p[:, 0], np.cos(phi)), np.outer(p[:, 0], np.sin(phi)),
+                         np.outer(p[:, 1], np.ones_like(phi))], 2).reshape(-1, 3)  # fmt: skip
+
+    return revolve(profile), revolve(normal), grid_faces(len(profile), around + 1)
+
+
+def cove_mesh(points: int = 65) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vertices, unit normals and faces of the ground: a quartic Bezier profile drawn across."""
+    t = np.linspace(0, 1, points)[:, None]
+    weights = np.concatenate([c * t**k * (1 - t) ** (4 - k) for k, c in enumerate((1, 4, 6, 4, 1))], 1)
+    profile = weights @ np.array(COVE)  # [points, 2] distance and height
+    slope = np.gradient(profile, axis=0)
+    slope /= np.linalg.norm(slope, axis=1, keepdims=True)
+    along, across = np.append(COVE_ALONG, 0), np.append(COVE_ACROSS, 0)
+    line = np.append(COVE_START, 0) + profile[:, :1] * along + profile[:, 1:] * [0, 0, 1]
+    normal = -slope[:, 1:] * along + slope[:, :1] * [0, 0, 1]
+    return np.concatenate([line, line + COVE_WIDTH * across]), np.tile(normal, (2, 1)), grid_faces(2, points)
+
+
+def direct_light(positions: np.ndarray, normals: np.ndarray, lamps: dict[str, np.ndarray]) -> np.ndarray:
+    """Radiance [..., 3] of unshadowed ground at `positions` [..., 3] by sun and lamps alone: no noise."""
+    irradiance = SUN_IRRADIANCE * (-normals @ np.array(SUN_DIRECTION)).clip(0)[..., None] * np.ones(3)
+    offsets = (np.arange(4) + 0.5) / 4 - 0.5
+    for name, (_, side, power, rgb) in LAMPS.items():
+        aim = -lamps[name] / np.linalg.norm(lamps[name])
+        right = np.cross(aim, [0, 0, 1])
+        right /= np.linalg.norm(right)
+        up = np.cross(right, aim)
+        radiance = power / (np.pi * side**2) * np.array(rgb)
+        for u in offsets:  # a lamp as 4 x 4 small patches
+            for v in offsets:
+                ray = lamps[name] + side * (u * right + v * up) - positions
+                square = (ray**2).sum(-1)
+                cosines = (ray * normals).sum(-1).clip(0) * (-ray @ aim).clip(0) / square
+                irradiance += (cosines / square * side**2 / 16)[..., None] * radiance
+    return GROUND_ALBEDO / np.pi * irradiance
+
+
+def to_srgb(linear: np.ndarray) -> np.ndarray:
+    """Linear radiance -> uint8, by the sRGB curve."""
+    x = linear.clip(0, 1)
+    return (np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055) * 255 + 0.5).astype(np.uint8)
+
+
+class Renderer:
+    """Renders scenes of one film size. Setting up takes a second or two."""
+
+    def __init__(self, size: str, samples: int, seed: int):
+        import mitsuba as mi  # here, and in workers alone: the variant and the thread count are process-wide
+
+        mi.set_variant("scalar_rgb")
+        self.mi, self.size, self.samples, self.seed = mi, size, samples, seed
+        self.film = FILM_SIZES[size]
+        self.folder = tempfile.TemporaryDirectory()
+        self.meshes = {
+            "cube": self.write_mesh("cube", *cube_mesh(CUBE_BEVEL)),
+            "cylinder": self.write_mesh("cylinder", *cylinder_mesh(CYLINDER_BEVEL)),
+            "cove": self.write_mesh("cove", *cove_mesh()),
+        }
+        self.rubber = {
+            color: mi.load_dict({
+                "type": "roughplastic", "distribution": "beckmann", "alpha": 0.35, "int_ior": 1.2,
+                "nonlinear": False,
+                "specular_reflectance": {"type": "rgb", "value": 0.8},
+                "diffuse_reflectance": {"type": "rgb", "value": [min(1, 1.04 * x / 255) for x in rgb]},
+            }) for color, rgb in COLORS.items()
+        }  # fmt: skip
+        self.positions, self.normals = self.ground_points(self.film)
+        self.indirect_light = self.ground_indirect()
+
+    def write_mesh(self, name: str, vertices: np.ndarray, normals: np.ndarray, faces: np.ndarray) -> str:
+        mesh = self.mi.Mesh(name, len(vertices), len(faces), has_vertex_normals=True)
+        values = self.mi.traverse(mesh)
+        values["vertex_positions"] = vertices.astype(np.float32).ravel()
+        values["vertex_normals"] = normals.astype(np.float32).ravel()
+        values["faces"] = faces.astype(np.uint32).ravel()
+        values.update()
+        path = str(Path(self.folder.name, f"{name}.ply"))
+        mesh.write_ply(path)
+        return path
+
+    def scene(self, placed: list[tuple], lamps: dict[str, np.ndarray], film: tuple[int, int]):
+        """A Mitsuba scene: ground, sun, `lamps` and `placed` objects (name, x, y, degrees)."""
+        T = self.mi.ScalarTransform4f
+        white = {"type": "rgb", "value": GROUND_ALBEDO}
+        content = {
+            "type": "scene",
+            "sensor": {
+                "type": "perspective", "fov": FIELD_OF_VIEW, "fov_axis": "x",
+                "to_world": T().look_at(origin=CAMERA, target=[0, 0, 0], up=[0, 0, 1]),
+                "film": {"type": "hdrfilm", "width": film[0], "height": film[1], "pixel_format": "rgb",
+                         "rfilter": {"type": "box"}},
+                "sampler": {"type": "multijitter"},
+            },
+            "ground": {"type": "ply", "filename": self.meshes["cove"],
+                       "bsdf": {"type": "twosided", "b": {"type": "diffuse", "reflectance": white}}},
+            "sun": {"type": "directional", "direction": SUN_DIRECTION,
+                    "irradiance": {"type": "rgb", "value": SUN_IRRADIANCE}},
+        }  # fmt: skip
+        for name, position in lamps.items():
+            _, side, power, rgb = LAMPS[name]
+            content[name] = {
+                "type": "rectangle",
+                "to_world": T().look_at(position, target=[0, 0, 0], up=[0, 0, 1]) @ T().scale(side / 2),
+                "emitter": {"type": "area", "radiance": {"type": "rgb", "value": np.multiply(
+                    rgb, power / (np.pi * side**2)).tolist()}},
+                "bsdf": {"type": "null"},  # lets light through: Blender's lamps cast no shadow in the sun
+            }  # fmt: skip
+        for i, (name, x, y, degrees) in enumerate(placed):
+            color, shape = name.split()
+            at = T().translate([x, y, OBJECT_SIZE]) @ T().rotate([0, 0, 1], degrees) @ T().scale(OBJECT_SIZE)
+            mesh = (
+                {"type": "sphere"} if shape == "sphere" else {"type": "ply", "filename": self.meshes[shape]}
+            )
+            content[f"object{i}"] = mesh | {"to_world": at, "bsdf": self.rubber[color]}
+        return self.mi.load_dict(content)
+
+    def trace(self, scene, samples: int, seed: int) -> np.ndarray:
+        """Path-traced linear radiance [height, width, 3]. Only volpath lets light through null surfaces."""
+        integrator = self.mi.load_dict({"type": "volpath", "max_depth": 5, "hide_emitters": True})
+        return np.array(self.mi.render(scene, integrator=integrator, spp=samples, seed=seed))
+
+    def auxiliary(self, scene, kind: str, samples: int) -> np.ndarray:
+        integrator = self.mi.load_dict({"type": "aov", "aovs": kind} if ":" in kind else {"type": kind})
+        return np.array(self.mi.render(scene, integrator=integrator, spp=samples, seed=0))
+
+    def ground_points(self, film: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean position and unit normal of the empty ground in each pixel, both [height, width, 3]."""
+        values = self.auxiliary(self.scene([], {}, film), "p:position,n:sh_normal", 16)
+        positions, normals = values[..., :3], values[..., 3:6]
+        return positions, normals / np.linalg.norm(normals, axis=-1, keepdims=True)
+
+    def ground_indirect(self) -> np.ndarray:
+        """Light from ground to ground [height, width, 3]: faint and smooth, so coarse and unjittered."""
+        lamps = {name: np.array(lamp[0]) for name, lamp in LAMPS.items()}
+        film = (32, 24)
+        indirect = self.trace(self.scene([], lamps, film), 1024, seed=0)
+        indirect = (indirect - direct_light(*self.ground_points(film), lamps)).astype(np.float32)
+        channels = [
+            Image.fromarray(indirect[..., c]).resize(self.film, Image.Resampling.BICUBIC) for c in range(3)
+        ]
+        return np.stack(channels, -1)
+
+    def place(self, rng: np.random.Generator, names: list[str]) -> list[tuple]:
+        """Positions for five objects, `names` first, the rest drawn: (name, x, y, degrees), all in sight.
+
+        The first stands at the origin. All are drawn anew while one shows fewer than 200 of 320x240 pixels.
+        """
+        names = (
+            names + [n for n in draw_objects(rng, MAX_OBJECTS) if n not in names][: MAX_OBJECTS - len(names)]
+        )
+        while True:
+            points = [np.zeros(2)]
+            for _ in range(1000):  # a few draws leave no room for the fifth: then all are drawn anew
+                point = rng.uniform(-PLACE_RANGE, PLACE_RANGE, 2)
+                if (
+                    len(points) < len(names)
+                    and min(np.linalg.norm(point - p) for p in points) >= MIN_DISTANCE
+                ):
+                    points.append(point)
+            if len(points) < len(names):
+                continue
+            placed = [
+                (n, *map(float, p), float(rng.uniform(0, 360))) for n, p in zip(names, points, strict=True)
+            ]
+            scene = self.scene(placed, {}, (320, 240))
+            shape_of = self.auxiliary(scene, "i:shape_index", 1)[..., 0]
+            seen = [  # Mitsuba counts shapes from one
+                (shape_of == i).sum() for i, s in enumerate(scene.shapes(), 1) if s.id().startswith("object")
+            ]
+            if min(seen) >= MIN_VISIBLE:
+                return placed
+
+    def layout(self, scene_name: str, names: list[str]) -> tuple[list[tuple], dict[str, np.ndarray], int]:
+        """Placed objects, lamp positions and sampler seed of a scene, from (seed, scene name) alone."""
+        rng = np.random.default_rng([self.seed, *scene_name.encode()])
+        jitter = {n: rng.uniform(-LAMP_JITTER, LAMP_JITTER, 3) for n in LAMPS}
+        trace_seed = int(rng.integers(2**31))
+        return self.place(rng, names), {n: np.add(LAMPS[n][0], jitter[n]) for n in LAMPS}, trace_seed
+
+    def pictures(self, scene_name: str, names: list[str], counts: list[int]) -> list[Image.Image]:
+        """The scene with its first k objects, for each k of `counts`.
+
+        On ground pixels the sampler's noise is taken out: what the empty ground, traced with the same seed,
+        is off its noiseless light is subtracted.
+        """
+        placed, lamps, seed = self.layout(scene_name, names)
+        empty = self.scene([], lamps, self.film)
+        noise = self.trace(empty, self.samples, seed) - direct_light(self.positions, self.normals, lamps)
+        noise -= self.indirect_light
+        empty_depth = self.auxiliary(empty, "depth", 4)
+        images = []
+        for count in counts:
+            scene = self.scene(placed[:count], lamps, self.film)
+            is_ground = np.abs(self.auxiliary(scene, "depth", 4) - empty_depth).max(-1, keepdims=True) < 1e-3
+            image = Image.fromarray(to_srgb(self.trace(scene, self.samples, seed) - noise * is_ground))
+            size = tuple(map(int, self.size.split("x")))
+            images.append(image if image.size == size else image.resize(size, Image.Resampling.BILINEAR))
+        return images
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+def start_worker(size: str, samples: int, seed: int):
+    global renderer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    import drjit
+
+    drjit.set_thread_count(1)
+    renderer = Renderer(size, samples, seed)
+
+
+def render_scene(job: tuple[str, list[str], list[int]]) -> list[bytes]:
+    """The PNG files of one scene. The parent writes them, in order, so a stop leaves no gap."""
+    files = []
+    for image in renderer.pictures(*job):
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        files.append(buffer.getvalue())
+    return files
+
+
+def group_scenes(labels: dict[str, list[str]], path: Path) -> dict[str, list[str]]:
+    """Scene name -> its file names, in file order. Raises InputError if its label lists are not nested."""
+    scenes: dict[str, list[str]] = {}
+    for filename in labels:
+        scenes.setdefault(scene_of(filename, path), []).append(filename)
+    for filenames in scenes.values():
+        longest = max((labels[f] for f in filenames), key=len)
+        for f in filenames:
+            if labels[f] != longest[: len(labels[f])]:
+                raise InputError(f"{path}, entry {f!r}: expected the first objects of its scene, {longest}")
+    return scenes
+
+
+def open_manifest(out: Path, wanted: dict) -> dict:
+    """The manifest of `out`, new or to go on with. Raises InputError if `out` holds any other set."""
+    path = out / MANIFEST_NAME
+    if not path.exists():
+        if out.is_dir() and any(p.suffix.lower() in (".png", ".jpg") for p in out.iterdir()):
+            raise InputError(f"{out}: holds pictures that render.py did not make; choose another --out")
+        return wanted | {"scenes_done": 0}
+    manifest = load_json(path)
+    for key, value in wanted.items():
+        found = manifest.get(key) if isinstance(manifest, dict) else None
+        if found != value and key != "labels":
+            raise InputError(f"{path}: {key} is {found}, this run's is {value}; choose another --out")
+    return manifest
+
+
+def write_manifest(out: Path, manifest: dict):
+    temporary = out / f"{MANIFEST_NAME}.tmp"
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+    os.replace(temporary, out / MANIFEST_NAME)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--labels", type=Path, default=ROOT / "train.json", help="label file (default: train.json)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder to write to (default: iclevr; --make-labels: this one)"
+    )
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="render the first N scenes alone")
+    parser.add_argument("--size", choices=FILM_SIZES, default="64x64", help="pixels (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=number(int, 1), default=16, help="light paths per pixel (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of places, lamps and labels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=number(int, 1), default=os.cpu_count(), help="processes (default: all cores)"
+    )
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--make-labels", action="store_true", help="write the five label files and stop")
+    other.add_argument("--random-scenes", type=number(int, 1), metavar="N",
+                       help="render N new scenes of 1 to 5 objects, one picture each")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.random_scenes and not args.out:
+        parser.error("--random-scenes needs --out DIR")
+    return args
+
+
+@command
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    if args.make_labels:
+        write_new(
+            {(args.out or Path(".")) / name: content for name, content in make_labels(args.seed).items()}
+        )
+        return
+    if importlib.util.find_spec("mitsuba") is None:
+        raise InputError("mitsuba: not installed; pip install -r requirements-dev.txt")
+    out = args.out or Path("iclevr")
+    if args.random_scenes:
+        args.labels = out / "labels.json"
+        write_new({args.labels: random_labels(args.random_scenes, args.seed)})
+    labels = load_labels(args.labels, load_objects())
+    scenes = group_scenes(labels, args.labels)
+    options = {"size": args.size, "samples": args.samples, "seed": args.seed}
+    options["mitsuba"] = importlib.metadata.version("mitsuba")
+    wanted = {"labels": args.labels.name, "labels_sha256": file_sha256(args.labels), "options": options}
+    manifest = open_manifest(out, wanted)
+    out.mkdir(parents=True, exist_ok=True)
+    write_manifest(out, manifest)
+
+    todo = list(scenes.items())[manifest["scenes_done"] : args.limit]
+    jobs = [
+        (name, max((labels[f] for f in files), key=len), [len(labels[f]) for f in files])
+        for name, files in todo
+    ]
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    context = multiprocessing.get_context("spawn")
+    bar = tqdm(total=sum(len(files) for _, files in todo), unit="picture", disable=not todo)
+    try:
+        with bar, context.Pool(args.workers, start_worker, (args.size, args.samples, args.seed)) as pool:
+            for (_, filenames), pictures in zip(todo, pool.imap(render_scene, jobs), strict=True):
+                for filename, data in zip(filenames, pictures, strict=True):
+                    (out / filename).write_bytes(data)
+                manifest["scenes_done"] += 1
+                write_manifest(out, manifest)
+                bar.update(len(filenames))
+    except KeyboardInterrupt:
+        print(
+            f"stopped after {manifest['scenes_done']} of {len(scenes)} scenes; the same command goes on",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None
+    print(f"{out}: {manifest['scenes_done']} of {len(scenes)} scenes are rendered")
+
+
+if __name__ == "__main__":
+    main()

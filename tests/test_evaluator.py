@@ -1,0 +1,121 @@
+"""The judge: the lab's interface, what it refuses, and that the shipped one can judge."""
+
+import pickle
+import shutil
+import warnings
+
+import pytest
+import torch
+from conftest import ROOT
+
+import evaluator
+import render
+from dataset import ICLEVRDataset, InputError, load_objects, to_float
+from evaluator import evaluation_model
+
+SHIPPED = ROOT / "weights" / "evaluator.pth"
+
+
+def lab_accuracy(out, onehot_labels):
+    """Micro top-k accuracy written out label by label."""
+    hits = total = 0
+    for scores, label in zip(out.tolist(), onehot_labels.tolist(), strict=True):
+        k = int(sum(label))
+        best = sorted(range(24), key=lambda i: -scores[i])[:k]
+        hits += sum(label[i] == 1 for i in best)
+        total += k
+    return hits / total
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return evaluation_model(SHIPPED, "cpu")
+
+
+def test_interface(judge):
+    assert judge.classnum == 24 and isinstance(judge.resnet18.fc[1], torch.nn.Sigmoid)
+    checkpoint = torch.load(SHIPPED, weights_only=True)
+    assert checkpoint["model"]["fc.0.weight"].shape == (24, 512)
+    images, labels = torch.rand(5, 3, 64, 64) * 2 - 1, torch.eye(24)[:5]
+    accuracy = judge.eval(images, labels)
+    assert isinstance(accuracy, float) and accuracy == lab_accuracy(judge.resnet18(images), labels)
+    images.requires_grad_()
+    judge.resnet18(images)[0, 3].backward()  # what evaluator guidance needs
+    assert images.grad[0].abs().sum() > 0
+
+
+def test_accuracy_is_micro_top_k(judge):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        out = torch.rand(16, 24, generator=generator)
+        labels = torch.zeros(16, 24)
+        for row in labels:
+            row[
+                torch.randperm(24, generator=generator)[: int(torch.randint(1, 4, (1,), generator=generator))]
+            ] = 1
+        assert judge.compute_acc(out, labels) == pytest.approx(lab_accuracy(out, labels))
+
+
+def test_unusable_images_are_refused(judge):
+    labels = torch.eye(24)[:2]
+    bad = torch.zeros(2, 3, 64, 64)
+    bad[0, 0, 0, 0] = float("nan")
+    for images in (bad, torch.full((2, 3, 64, 64), 3.5), torch.zeros(2, 3, 64, 64, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="expected"):
+            judge.eval(images, labels)
+
+
+def test_unclamped_images_are_warned_about_once():
+    judge = evaluation_model(SHIPPED, "cpu")
+    with pytest.warns(UserWarning, match="1.20"):
+        judge.eval(torch.full((1, 3, 64, 64), 1.2), torch.eye(24)[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judge.eval(torch.full((1, 3, 64, 64), 1.2), torch.eye(24)[:1])
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps({"model": Bomb()}))
+    with pytest.raises(InputError, match="bad.pth"):
+        evaluation_model(tmp_path / "bad.pth")
+    assert not (tmp_path / "ran").exists()
+    torch.save({"model": {"fc.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    (tmp_path / "cut.pth").write_bytes(SHIPPED.read_bytes()[:1000])
+    for name in ("other.pth", "cut.pth", "missing.pth"):
+        with pytest.raises(InputError, match=name):
+            evaluation_model(tmp_path / name)
+
+
+def test_the_labs_checkpoint_is_used_when_it_is_there(clone, run):
+    """`evaluation_model()` as the lab's users call it, before and after checkpoint.pth drops in."""
+    code = "from evaluator import evaluation_model; e = evaluation_model(); print(e.path.name, e.classnum)"
+    assert run(clone, "-c", code).stdout.split() == ["evaluator.pth", "24"]
+    state = {k: v.float() if v.is_floating_point() else v for k, v in torch.load(SHIPPED)["model"].items()}
+    torch.save({"model": state}, clone / "checkpoint.pth")
+    assert run(clone, "-c", code).stdout.split() == ["checkpoint.pth", "24"]
+
+
+def test_shipped_weights_know_new_renders(tmp_path, judge, capsys):
+    render.main(["--random-scenes", "60", "--seed", "77", "--out", str(tmp_path)])
+    data = ICLEVRDataset(tmp_path, tmp_path / "labels.json", load_objects())
+    few = data.labels.sum(1) <= 3
+    accuracy = judge.eval(to_float(data.images[few]), data.labels[few])
+    assert accuracy >= 0.97
+    assert judge.eval(to_float(data.images[few]).flip(0), data.labels[few]) < 0.4  # wrong labels
+    capsys.readouterr()
+    evaluator.main([str(tmp_path), "--weights", str(SHIPPED)])  # labels.json beside the pictures
+    everything = judge.eval(to_float(data.images), data.labels)
+    assert capsys.readouterr().out.splitlines()[-1] == f"accuracy: {everything:.4f}"
+
+
+def test_training_writes_weights_that_load(pictures, tmp_path, capsys):
+    shutil.copytree(pictures, tmp_path / "train")
+    out = tmp_path / "new" / "evaluator.pth"
+    argv = [tmp_path / "train", "--labels", ROOT / "train.json", "--train", "--epochs", 2, "--out", out]
+    evaluator.main(list(map(str, argv)))
+    assert "held-out accuracy: 0." in capsys.readouterr().out
+    assert out.stat().st_size < 23e6 and evaluation_model(out).classnum == 24

@@ -1,0 +1,71 @@
+"""The network, its presets and its way to disk and back."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoint import load_weights, write_weights
+from dataset import InputError
+from model import PRESETS, ConditionalUNet, build
+
+
+def inputs(batch=2):
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(batch, 24, generator=generator) < 0.1).float()
+    return torch.randn(batch, 3, 64, 64, generator=generator), torch.tensor([3, 970][:batch]), labels
+
+
+@pytest.mark.parametrize("preset", ["small", "tiny-attention", "tiny-mixed"])
+def test_round_trip_is_bit_equal(tmp_path, preset):
+    torch.manual_seed(1)
+    model, noise_scheduler = build(preset)
+    model.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        expected = model.eval()(*inputs())
+        assert expected.shape == (2, 3, 64, 64)
+        assert torch.equal(ConditionalUNet.from_pretrained(tmp_path / "a").eval()(*inputs()), expected)
+        write_weights(tmp_path / "b", model, noise_scheduler, {"model": preset})
+        loaded, scheduler, metadata = load_weights(tmp_path / "b")
+        assert torch.equal(loaded.eval()(*inputs()), expected)
+    assert scheduler.config.prediction_type == noise_scheduler.config.prediction_type
+    assert metadata == {"model": preset}
+
+
+def test_label_reaches_the_output():
+    torch.manual_seed(1)
+    model, _ = build("small")
+    images, timesteps, labels = inputs()
+    with torch.no_grad():
+        assert not torch.equal(model(images, timesteps, labels), model(images, timesteps, 0 * labels))
+
+
+def test_reference_is_the_reports():
+    model, noise_scheduler = build("reference")
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 113.7
+    assert (model.class_embedding.in_features, model.class_embedding.out_features) == (24, 512)
+    blocks = [type(b).__name__ for b in [*model.unet.down_blocks, *model.unet.up_blocks]]
+    assert [i for i, b in enumerate(blocks) if b.startswith("Attn")] == [4, 7]  # 5th of 6 down, 2nd of 6 up
+    assert noise_scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    assert noise_scheduler.config.prediction_type == "epsilon"
+    recipe = PRESETS["reference"]["training"]
+    assert (recipe["batch_size"], recipe["learning_rate"], recipe["epochs"]) == (32, 1e-4, 40)
+    assert PRESETS["reference"]["sampling"] == {"sampler": "ddpm", "steps": 1000, "guidance_scale": 1.0}
+
+
+def test_small_is_small():
+    model, _ = build("small")
+    assert sum(p.numel() for p in model.parameters()) < 10e6
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs(1))
+    assert 0.7e9 < counter.get_total_flops() < 1.6e9
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    model, noise_scheduler = build("tiny-mixed")
+    write_weights(tmp_path / "w", model, noise_scheduler, {})
+    build("tiny-attention")[0].save_pretrained(tmp_path / "w" / "unet")
+    (tmp_path / "w" / "unet" / "config.json").write_text(model.to_json_string())
+    with pytest.raises(
+        InputError, match="diffusion_pytorch_model.safetensors: not the weights of this network"
+    ):
+        load_weights(tmp_path / "w")

@@ -1,0 +1,305 @@
+"""Train a conditional DDPM on i-CLEVR.
+
+    python train.py                               # the reference recipe; wants a CUDA GPU
+    python train.py --model small                 # a model for two CPU cores
+    accelerate launch train.py                    # several GPUs: the same batches, shared out
+
+The same command again goes on where the run in --out stopped. Denoising diffusion (Ho et al., arXiv
+2006.11239) with a multi-hot label; presets may add velocity prediction (arXiv 2202.00512) and
+classifier-free guidance (arXiv 2207.12598).
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import checkpoint
+from dataset import (
+    NUM_OBJECTS,
+    ROOT,
+    ICLEVRDataset,
+    InputError,
+    command,
+    file_sha256,
+    load_conditions,
+    load_objects,
+    multi_hot,
+    number,
+    to_float,
+)
+from model import PRESETS, build
+from sample import generate, picture_seed
+
+LOG_EVERY = 10  # steps
+
+
+def seed_of(*key: int) -> int:
+    """One 64-bit seed from several numbers: what is drawn at a step depends on (seed, step) alone."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def batch_indices(step: int, batch_size: int, size: int, seed: int) -> torch.Tensor:
+    """Indices [batch_size] of the pictures of a step.
+
+    Epochs follow each other without a gap, each a permutation of its own, so every picture is seen equally
+    often and every batch is full.
+    """
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    indices = torch.empty_like(positions)
+    for epoch in torch.unique(positions // size).tolist():
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(seed, epoch, 1)))
+        inside = positions // size == epoch
+        indices[inside] = order[positions[inside] % size]
+    return indices
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up from 0, then constant, or linear down to 0 at the last step."""
+    warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+    decay = 1 - step / args.max_steps if args.lr_schedule == "linear" else 1.0
+    return args.learning_rate * warmup * decay
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a conditional DDPM on i-CLEVR.")
+    run = parser.add_argument_group("run")
+    run.add_argument("--model", choices=PRESETS, default="reference", help="preset (default: %(default)s)")
+    run.add_argument(
+        "--data", type=Path, default=Path("iclevr"), help="folder of pictures (default: %(default)s)"
+    )
+    run.add_argument(
+        "--labels", type=Path, default=ROOT / "train.json", help="label file (default: train.json)"
+    )
+    run.add_argument("--out", type=Path, help="folder of the run (default: runs/<model>)")
+    run.add_argument(
+        "--init", type=Path, metavar="DIR", help="start from these weights, with a fresh optimizer"
+    )
+    run.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    run.add_argument("--dry-run", action="store_true", help="print what would be trained on what, and stop")
+    run.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="default: %(default)s")
+
+    recipe = parser.add_argument_group("recipe (defaults: the preset's)")
+    recipe.add_argument("--epochs", type=number(float, 0), help="passes over the pictures")
+    recipe.add_argument("--max-steps", type=number(int, 1), help="optimizer steps, in place of --epochs")
+    recipe.add_argument("--batch-size", type=number(int, 1), help="pictures at a time, over all processes")
+    recipe.add_argument("--grad-accum", type=number(int, 1), default=1, help="batches per step (default: 1)")
+    recipe.add_argument("--learning-rate", type=number(float, 0))
+    recipe.add_argument("--lr-schedule", choices=("constant", "linear"), help="linear: down to 0 at the end")
+    recipe.add_argument("--warmup-steps", type=number(int, 0), help="linear warm-up of the learning rate")
+    recipe.add_argument("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: none")
+    recipe.add_argument("--label-dropout", type=number(float, 0, 1), help="share trained without label")
+
+    output = parser.add_argument_group("output (default: every 1000 steps)")
+    output.add_argument("--save-every", type=number(int, 1), default=1000, help="steps")
+    output.add_argument("--sample-every", type=number(int, 0), default=1000, help="steps; 0: never")
+    output.add_argument("--log-with", choices=("tensorboard", "wandb"), help="besides <out>/log.jsonl")
+    args = parser.parse_args(argv)
+    for name, value in PRESETS[args.model]["training"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or Path("runs", args.model)
+    return args
+
+
+def recipe_of(args: argparse.Namespace) -> dict:
+    """What decides the result of a run: it may not change when the run goes on."""
+    names = ["model", "seed", "mixed_precision", "batch_size", "grad_accum", *PRESETS[args.model]["training"]]
+    recipe = {name: getattr(args, name) for name in dict.fromkeys(names) if name != "epochs"}
+    if args.lr_schedule != "constant":
+        recipe["max_steps"] = args.max_steps
+    return recipe | {"init": str(args.init) if args.init else None}
+
+
+def check_resume(folder: Path, recipe: dict, data: dict):
+    """Raise InputError if the run in `folder` was started with another recipe or other pictures."""
+    before = checkpoint.load_json(folder / checkpoint.METADATA_NAME)
+    before = before["recipe"] | before["data"]
+    for name, value in (recipe | data).items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{folder.parent}: began with {name} {before.get(name)}, now {value}; choose another --out"
+            )
+
+
+def announce(args: argparse.Namespace, data: ICLEVRDataset, model: torch.nn.Module, accelerator: Accelerator):
+    """Say what will be trained, and without CUDA how long that takes, measured on four pictures."""
+    device, millions = accelerator.device, sum(p.numel() for p in model.parameters()) / 1e6
+    of_all = "" if len(data) == data.total else f"of {data.total:,} "
+    print(
+        f"{args.model}: {millions:.2f}M parameters, {args.data}: {len(data):,} {of_all}pictures, on {device}"
+    )
+    print(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}))
+    if device.type != "cuda":
+        images, timesteps = torch.zeros(4, 3, 64, 64, device=device), torch.zeros(4, device=device)
+        for _ in range(2):  # the first warms up
+            start = time.perf_counter()
+            with accelerator.autocast():
+                prediction = model(images, timesteps, torch.zeros(4, NUM_OBJECTS, device=device))
+            prediction.float().square().mean().backward()
+            seconds = (time.perf_counter() - start) / 4
+        model.zero_grad()
+        hours = (
+            seconds * args.max_steps * args.batch_size * args.grad_accum / accelerator.num_processes / 3600
+        )
+        hint = "" if args.model == "small" else "; --model small is made for this"
+        print(f"no CUDA: {args.max_steps:,} steps will take about {hours:.1f} hours here{hint}")
+
+
+def is_due(done: int, every: int, args: argparse.Namespace) -> bool:
+    """Every `every` steps and at the end; never if 0."""
+    return every > 0 and (done % every == 0 or done == args.max_steps)
+
+
+def open_log(path: Path, step: int):
+    """Open log.jsonl to append, without what a stopped run wrote past `step`."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a", buffering=1)
+
+
+def sample_grid(path: Path, model: torch.nn.Module, noise_scheduler, metadata: dict, device):
+    """Paint eight validation conditions from the same noise each time: a quick look, with few steps."""
+    conditions = load_conditions(ROOT / "validation.json", objects := load_objects())[::8]
+    labels = multi_hot(conditions, objects).to(device)
+    seeds = [picture_seed(0, i) for i in range(len(labels))]
+    model.eval()
+    scale = metadata["sampling"]["guidance_scale"]
+    images = generate(model, noise_scheduler, labels, seeds, "dpmsolver++", 15, scale)
+    model.train()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(make_grid(images / 2 + 0.5, nrow=8), path)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def check_precision(precision: str):
+    """Raise InputError for bf16 on a processor that has no instructions for it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if precision == "bf16" and not torch.cuda.is_available() and "AVX512" not in capability:
+        raise InputError(f"--mixed-precision bf16: 40 to 500 times slower on this processor ({capability})")
+
+
+@command
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    check_precision(args.mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.grad_accum,
+        log_with=args.log_with,
+        project_dir=args.out,
+    )
+    device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
+    if args.batch_size % processes:
+        raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {processes} processes")
+    with accelerator.main_process_first():  # the first decodes the pictures, the others read what it kept
+        data = ICLEVRDataset(args.data, args.labels, load_objects())
+    facts = {"labels_sha256": file_sha256(args.labels), "pictures": len(data), "labelled": data.total}
+    batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
+    args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / batch_size)
+
+    torch.manual_seed(args.seed)
+    model, noise_scheduler = build(args.model)
+    pictures_before = 0
+    if args.init:
+        start, _, metadata = checkpoint.load_weights(args.init)
+        if dict(start.config) != dict(model.config):
+            raise InputError(f"{args.init}: its network is not that of --model {args.model}")
+        model, pictures_before = start, metadata["pictures_seen"]
+    model.to(device).train()
+    if is_main:
+        announce(args, data, model, accelerator)
+    if args.dry_run:
+        return
+    ema_model = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=True)
+    first_step = 0
+    if checkpoint.checkpoints(args.out):
+        folder = checkpoint.newest(args.out)
+        check_resume(folder, recipe_of(args), facts)
+        first_step = checkpoint.resume(folder, model, ema_model, optimizer)
+        accelerator.print(f"{args.out}: goes on at step {first_step:,} of {args.max_steps:,}")
+    bare_model = model  # not wrapped for several processes
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if args.log_with:
+        accelerator.init_trackers("logs")
+    if is_main:
+        args.out.mkdir(parents=True, exist_ok=True)
+        log = open_log(args.out / "log.jsonl", first_step)
+    metadata = {"model": args.model, "recipe": recipe_of(args), "data": facts}
+    metadata["sampling"] = PRESETS[args.model]["sampling"]
+    images, labels = data.images.to(device), data.labels.to(device)  # uint8 [N, 3, 64, 64], float32 [N, 24]
+    steps = range(first_step, args.max_steps)
+    bar = tqdm(steps, initial=first_step, total=args.max_steps, disable=not is_main, unit="step")
+    losses, last_time = [], time.perf_counter()
+
+    for step in bar:
+        # All draws of a step follow from (seed, step). Every process draws the whole batch and works on its
+        # share, so the number of processes changes nothing.
+        torch.manual_seed(seed_of(args.seed, step))
+        batch = batch_indices(step, batch_size, len(images), args.seed)
+        clean, label = to_float(images[batch]), labels[batch]  # [B, 3, 64, 64] in [-1, 1], [B, 24]
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (batch_size,), device=device)
+        label = label * (torch.rand(batch_size, 1, device=device) >= args.label_dropout)  # zeros: none
+        noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+        target = noise
+        if noise_scheduler.config.prediction_type == "v_prediction":
+            target = noise_scheduler.get_velocity(clean, noise, timesteps)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        shares = torch.arange(batch_size).chunk(args.grad_accum * processes)
+        for share in shares[accelerator.process_index :: processes]:
+            with accelerator.accumulate(model):
+                prediction = model(noisy[share], timesteps[share], label[share])
+                loss = F.mse_loss(prediction.float(), target[share])
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach())
+        if args.ema_decay:
+            decay = min(args.ema_decay, (step + 1) / (step + 10))  # forgets the initial weights
+            torch._foreach_lerp_(list(ema_model.parameters()), list(bare_model.parameters()), 1 - decay)
+
+        done = step + 1
+        metadata |= {"step": done, "pictures_seen": pictures_before + done * batch_size}
+        if done % LOG_EVERY == 0 or done == args.max_steps:
+            mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            seconds, last_time = time.perf_counter() - last_time, time.perf_counter()
+            entry = {"step": done, "pictures": done * batch_size, "loss": mean_loss}
+            entry["learning_rate"] = learning_rate(step, args)
+            entry["pictures_per_second"] = len(losses) * args.batch_size / seconds
+            losses.clear()
+            bar.set_postfix(loss=f"{mean_loss:.4f}")
+            accelerator.log(entry, step=done)
+            if is_main:
+                log.write(json.dumps(entry) + "\n")
+        if is_main and is_due(done, args.sample_every, args):
+            sample_grid(
+                args.out / "samples" / f"{done:07d}.png", ema_model, noise_scheduler, metadata, device
+            )
+        if is_main and is_due(done, args.save_every, args):
+            checkpoint.save(args.out, bare_model, ema_model, optimizer, noise_scheduler, metadata)
+
+    accelerator.end_training()
+    accelerator.print(f"{args.out}: trained to step {args.max_steps:,}; python sample.py --mode test")
+
+
+if __name__ == "__main__":
+    main()
