@@ -155,7 +155,7 @@ def split_by_scene(filenames: list[str], held_out: float, seed: int) -> tuple[li
     """Split picture indices into (train, held out) so that no scene has pictures in both."""
     scenes = sorted({scene_of(f) for f in filenames})
     order = np.random.default_rng(seed).permutation(len(scenes))
-    chosen = {scenes[i] for i in order[: round(held_out * len(scenes))]}
+    chosen = {scenes[i] for i in order[: max(1, round(held_out * len(scenes)))]}
     is_held = [scene_of(f) in chosen for f in filenames]
     return [i for i, h in enumerate(is_held) if not h], [i for i, h in enumerate(is_held) if h]
 

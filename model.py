@@ -85,7 +85,7 @@ PRESETS: dict[str, dict] = {
             "attention_head_dim": 32,
         },
         "scheduler": _COSINE | {"prediction_type": "v_prediction"},
-        "training": {"batch_size": 32, "learning_rate": 5e-4, "lr_schedule": "linear", "warmup_steps": 200,
+        "training": {"batch_size": 16, "learning_rate": 7e-4, "lr_schedule": "linear", "warmup_steps": 200,
                      "epochs": 40, "ema_decay": 0.999, "label_dropout": 0.1},
         "sampling": {"sampler": "dpmsolver++", "steps": 15, "guidance_scale": 2.0},
     },

@@ -46,6 +46,8 @@ COLORS = {  # sRGB numbers that CLEVR hands to Blender as if they were linear
     "brown": (129, 74, 25), "purple": (129, 38, 192), "cyan": (41, 208, 208), "yellow": (255, 238, 51),
 }  # fmt: skip
 
+BRIGHTNESS = 1.10  # of the objects' diffuse colours, fitted to the mean colours of real objects
+
 # The scene, in Blender's units (z up).
 CAMERA, FIELD_OF_VIEW = (7.4811, -6.5076, 5.3437), 49.134  # looks at the origin; horizontal angle in degrees
 LAMPS = {  # position, side, power in W, rgb: squares aimed at the origin
@@ -63,7 +65,7 @@ COVE_START, COVE_ALONG, COVE_ACROSS, COVE_WIDTH = (
     (0.4292, 0.9032),
     56.485,
 )
-OBJECT_SIZE = 0.6  # sphere radius, half-edge of a cube, radius and half-height of a cylinder
+OBJECT_SIZE = 0.58  # sphere radius, half-edge, cylinder radius and half-height; fits the real boxes
 CUBE_BEVEL, CYLINDER_BEVEL = 0.10, 0.09  # of OBJECT_SIZE
 PLACE_RANGE, MIN_DISTANCE = 3.0, 2.45  # centres in [-3, 3]^2, centre to centre
 MIN_VISIBLE = 200  # pixels of 320x240 that each of the five placed objects must show
@@ -259,11 +261,12 @@ class Renderer:
                 "type": "roughplastic", "distribution": "beckmann", "alpha": 0.35, "int_ior": 1.2,
                 "nonlinear": False,
                 "specular_reflectance": {"type": "rgb", "value": 0.8},
-                "diffuse_reflectance": {"type": "rgb", "value": [min(1, 1.04 * x / 255) for x in rgb]},
+                "diffuse_reflectance": {"type": "rgb", "value": [min(1, BRIGHTNESS * x / 255) for x in rgb]},
             }) for color, rgb in COLORS.items()
         }  # fmt: skip
         self.positions, self.normals = self.ground_points(self.film)
         self.indirect_light = self.ground_indirect()
+        self.empty_depth = self.depth([])
 
     def write_mesh(self, name: str, vertices: np.ndarray, normals: np.ndarray, faces: np.ndarray) -> str:
         mesh = self.mi.Mesh(name, len(vertices), len(faces), has_vertex_normals=True)
@@ -310,7 +313,8 @@ class Renderer:
                 {"type": "sphere"} if shape == "sphere" else {"type": "ply", "filename": self.meshes[shape]}
             )
             content[f"object{i}"] = mesh | {"to_world": at, "bsdf": self.rubber[color]}
-        return self.mi.load_dict(content)
+        # Optimised, objects of one material would become one shape, and `place` could not tell them apart.
+        return self.mi.load_dict(content, optimize=False)
 
     def trace(self, scene, samples: int, seed: int) -> np.ndarray:
         """Path-traced linear radiance [height, width, 3]. Only volpath lets light through null surfaces."""
@@ -320,6 +324,10 @@ class Renderer:
     def auxiliary(self, scene, kind: str, samples: int) -> np.ndarray:
         integrator = self.mi.load_dict({"type": "aov", "aovs": kind} if ":" in kind else {"type": kind})
         return np.array(self.mi.render(scene, integrator=integrator, spp=samples, seed=0))
+
+    def depth(self, placed: list[tuple]) -> np.ndarray:
+        """Distance [height, width, 3] to what a pixel shows. No lamps: these rays would hit them."""
+        return self.auxiliary(self.scene(placed, {}, self.film), "depth", 4)
 
     def ground_points(self, film: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Mean position and unit normal of the empty ground in each pixel, both [height, width, 3]."""
@@ -343,23 +351,19 @@ class Renderer:
 
         The first stands at the origin. All are drawn anew while one shows fewer than 200 of 320x240 pixels.
         """
-        names = (
-            names + [n for n in draw_objects(rng, MAX_OBJECTS) if n not in names][: MAX_OBJECTS - len(names)]
-        )
+        others = [name for name in draw_objects(rng, MAX_OBJECTS) if name not in names]
+        names = names + others[: MAX_OBJECTS - len(names)]
         while True:
             points = [np.zeros(2)]
-            for _ in range(1000):  # a few draws leave no room for the fifth: then all are drawn anew
-                point = rng.uniform(-PLACE_RANGE, PLACE_RANGE, 2)
-                if (
-                    len(points) < len(names)
-                    and min(np.linalg.norm(point - p) for p in points) >= MIN_DISTANCE
-                ):
+            for point in rng.uniform(-PLACE_RANGE, PLACE_RANGE, (1000, 2)):
+                if min(np.linalg.norm(point - p) for p in points) >= MIN_DISTANCE:
                     points.append(point)
-            if len(points) < len(names):
-                continue
-            placed = [
-                (n, *map(float, p), float(rng.uniform(0, 360))) for n, p in zip(names, points, strict=True)
-            ]
+                if len(points) == len(names):
+                    break
+            else:
+                continue  # the first few left no room for the fifth
+            degrees = [float(rng.uniform(0, 360)) for _ in names]
+            placed = [(n, *map(float, p), d) for n, p, d in zip(names, points, degrees, strict=True)]
             scene = self.scene(placed, {}, (320, 240))
             shape_of = self.auxiliary(scene, "i:shape_index", 1)[..., 0]
             seen = [  # Mitsuba counts shapes from one
@@ -385,11 +389,10 @@ class Renderer:
         empty = self.scene([], lamps, self.film)
         noise = self.trace(empty, self.samples, seed) - direct_light(self.positions, self.normals, lamps)
         noise -= self.indirect_light
-        empty_depth = self.auxiliary(empty, "depth", 4)
         images = []
         for count in counts:
             scene = self.scene(placed[:count], lamps, self.film)
-            is_ground = np.abs(self.auxiliary(scene, "depth", 4) - empty_depth).max(-1, keepdims=True) < 1e-3
+            is_ground = np.abs(self.depth(placed[:count]) - self.empty_depth).max(-1, keepdims=True) < 1e-3
             image = Image.fromarray(to_srgb(self.trace(scene, self.samples, seed) - noise * is_ground))
             size = tuple(map(int, self.size.split("x")))
             images.append(image if image.size == size else image.resize(size, Image.Resampling.BILINEAR))
@@ -416,6 +419,10 @@ def render_scene(job: tuple[str, list[str], list[int]]) -> list[bytes]:
         image.save(buffer, "png")
         files.append(buffer.getvalue())
     return files
+
+
+def stop(*_):
+    raise KeyboardInterrupt
 
 
 def group_scenes(labels: dict[str, list[str]], path: Path) -> dict[str, list[str]]:
@@ -509,7 +516,7 @@ def main(argv: list[str] | None = None):
         (name, max((labels[f] for f in files), key=len), [len(labels[f]) for f in files])
         for name, files in todo
     ]
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.signal(signal.SIGTERM, stop)
     context = multiprocessing.get_context("spawn")
     bar = tqdm(total=sum(len(files) for _, files in todo), unit="picture", disable=not todo)
     try:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
-from torchvision.io import write_png
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -98,8 +98,8 @@ def save_pictures(images: torch.Tensor, folder: Path, grid: Path):
         if old.stem.isdigit() and int(old.stem) >= len(images):
             old.unlink()  # of a longer list: they would pass for pictures of this one
     for i, image in enumerate(images):
-        write_png(image, str(folder / f"{i}.png"))
-    write_png(make_grid(images, nrow=8), str(grid))
+        to_pil_image(image).save(folder / f"{i}.png")
+    to_pil_image(make_grid(images, nrow=8)).save(grid)
 
 
 def describe(folder: Path, metadata: dict) -> str:

@@ -217,10 +217,9 @@ def main(argv: list[str] | None = None):
     model, noise_scheduler = build(args.model)
     pictures_before = 0
     if args.init:
-        start, _, metadata = checkpoint.load_weights(args.init)
-        if dict(start.config) != dict(model.config):
-            raise InputError(f"{args.init}: its network is not that of --model {args.model}")
-        model, pictures_before = start, metadata["pictures_seen"]
+        folder = checkpoint.newest(args.init)
+        checkpoint.load_state(model, folder / checkpoint.WEIGHTS_NAME)
+        pictures_before = checkpoint.load_json(folder / checkpoint.METADATA_NAME)["pictures_seen"]
     model.to(device).train()
     if is_main:
         announce(args, data, model, accelerator)
@@ -238,6 +237,8 @@ def main(argv: list[str] | None = None):
     model, optimizer = accelerator.prepare(model, optimizer)
     if args.log_with:
         accelerator.init_trackers("logs")
+        if not accelerator.trackers:
+            raise InputError(f"--log-with {args.log_with}: not installed; pip install {args.log_with}")
     if is_main:
         args.out.mkdir(parents=True, exist_ok=True)
         log = open_log(args.out / "log.jsonl", first_step)
