@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dataset import ROOT, InputError, command, load_json
-from model import ConditionalUNet
+from model import PRESETS, ConditionalUNet
 
 SHIPPED = ROOT / "weights" / "small"
 METADATA_NAME = "metadata.json"
@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("out", type=Path, help="folder to write")
     args = parser.parse_args(argv)
     model, noise_scheduler, metadata = load_weights(args.source)
+    metadata["sampling"] = PRESETS[metadata["model"]]["sampling"]  # it may have been chosen after training
     write_weights(args.out, model.half(), noise_scheduler, metadata)
     print(f"{args.out}: {sum(f.stat().st_size for f in args.out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 

@@ -87,7 +87,7 @@ PRESETS: dict[str, dict] = {
         "scheduler": _COSINE | {"prediction_type": "v_prediction"},
         "training": {"batch_size": 16, "learning_rate": 7e-4, "lr_schedule": "linear", "warmup_steps": 200,
                      "epochs": 40, "ema_decay": 0.999, "label_dropout": 0.1},
-        "sampling": {"sampler": "dpmsolver++", "steps": 15, "guidance_scale": 2.0},
+        "sampling": {"sampler": "dpmsolver++", "steps": 15, "guidance_scale": 4.0},
     },
 }  # fmt: skip
 

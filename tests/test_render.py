@@ -85,7 +85,13 @@ def test_same_bytes_for_any_number_of_workers_and_after_a_stop(pictures, tmp_pat
     files = sorted(p.name for p in (tmp_path / "a").glob("*.png"))
     assert len(files) == 6
     command = [sys.executable, ROOT / "render.py", "--limit", "4", "--workers", "2", "--out", tmp_path / "a"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # As `nohup ... &` starts it: a shell has such a process ignore Ctrl-C, but SIGTERM must stop it.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "a").glob("*.png"))) == 6 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -167,6 +173,14 @@ def test_placement_keeps_the_rules():
     assert renderer.layout("scene_3", ["red cube"])[1]["key"] == pytest.approx(
         renderer.layout("scene_3", ["blue cube"])[1]["key"]
     )
+
+
+def test_visibility_tells_objects_of_one_colour_apart():
+    """Mitsuba merges meshes that share a material unless it is told not to: then none of them is counted."""
+    renderer = render.Renderer("64x64", 1, 0)
+    placed = renderer.place(np.random.default_rng(0), ["brown cube", "brown cylinder", "red cube"])
+    names = {shape.id() for shape in renderer.scene(placed, {}, (320, 240)).shapes()}
+    assert names == {"ground", *(f"object{i}" for i in range(5))}
 
 
 def test_ground_is_free_of_noise():
