@@ -70,6 +70,7 @@ CUBE_BEVEL, CYLINDER_BEVEL = 0.10, 0.09  # of OBJECT_SIZE
 PLACE_RANGE, MIN_DISTANCE = 3.0, 2.45  # centres in [-3, 3]^2, centre to centre
 MIN_VISIBLE = 200  # pixels of 320x240 that each of the five placed objects must show
 
+SAMPLES = 24  # light paths per pixel: grain below 2 grey levels on objects, 0.7 on the ground
 FILM_SIZES = {"64x64": (128, 96), "320x240": (320, 240)}  # 64x64 is squashed from 4:3, as the original is
 
 
@@ -470,7 +471,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="render the first N scenes alone")
     parser.add_argument("--size", choices=FILM_SIZES, default="64x64", help="pixels (default: %(default)s)")
     parser.add_argument(
-        "--samples", type=number(int, 1), default=16, help="light paths per pixel (default: %(default)s)"
+        "--samples", type=number(int, 1), default=SAMPLES, help="light paths per pixel (default: %(default)s)"
     )
     parser.add_argument(
         "--seed", type=number(int, 0), default=0, help="of places, lamps and labels (default: %(default)s)"
