@@ -155,7 +155,8 @@ def announce(args: argparse.Namespace, data: ICLEVRDataset, model: torch.nn.Modu
             seconds * args.max_steps * args.batch_size * args.grad_accum / accelerator.num_processes / 3600
         )
         hint = "" if args.model == "small" else "; --model small is made for this"
-        print(f"no CUDA: {args.max_steps:,} steps will take about {hours:.1f} hours here{hint}")
+        duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+        print(f"no CUDA: {args.max_steps:,} steps will take about {duration} here{hint}")
 
 
 def is_due(done: int, every: int, args: argparse.Namespace) -> bool:
