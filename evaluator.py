@@ -200,10 +200,14 @@ def train(
     temporary = out.with_suffix(".tmp")
     torch.save({"model": state, "pictures": len(kept), "epochs": epochs, "seed": seed}, temporary)
     os.replace(temporary, out)
-    accuracy = evaluation_model(out, device).eval(
-        to_float(images[held]), labels[held]
-    )  # as it will be loaded
+    evaluator = evaluation_model(out, device)  # judged as it will be loaded
+    accuracy = evaluator.eval(to_float(images[held]), labels[held])
     print(f"held-out accuracy: {accuracy:.4f} ({len(held)} pictures of 1 to 3 objects, held-out scenes)")
+
+
+def labels_of(folder: Path, otherwise: Path) -> Path:
+    """The label file that lies beside the pictures of `folder`, as render.py's random scenes have it."""
+    return folder / "labels.json" if (folder / "labels.json").exists() else otherwise
 
 
 @command
@@ -225,19 +229,16 @@ def main(argv: list[str] | None = None):
         parser.error("--train and --out belong together")
     objects = load_objects()
     if args.train:
-        sets = []
-        for folder in args.folders:
-            beside = folder / "labels.json"
-            labels_path = args.labels or (beside if beside.exists() else ROOT / "train.json")
-            sets.append(ICLEVRDataset(folder, labels_path, objects))
+        train_json = ROOT / "train.json"
+        paths = [args.labels or labels_of(folder, train_json) for folder in args.folders]
+        sets = [ICLEVRDataset(f, path, objects) for f, path in zip(args.folders, paths, strict=True)]
         images, labels = torch.cat([s.images for s in sets]), torch.cat([s.labels for s in sets])
         train(images, labels, [f for s in sets for f in s.filenames], args.epochs, args.seed, args.out)
         return
     if len(args.folders) > 1:
         parser.error("one folder at a time is scored")
     folder = args.folders[0]
-    beside = folder / "labels.json"
-    labels_path = args.labels or (beside if beside.exists() else ROOT / f"{folder.resolve().name}.json")
+    labels_path = args.labels or labels_of(folder, ROOT / f"{folder.resolve().name}.json")
     evaluator = evaluation_model(args.weights)
     print(f"evaluator: {evaluator.path}, labels: {labels_path}")
     print(f"accuracy: {score_folder(evaluator, folder, labels_path, objects):.4f}")
