@@ -7,10 +7,12 @@ import argparse
 import functools
 import hashlib
 import json
+import lzma
 import math
 import os
 import re
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +29,7 @@ NUM_OBJECTS = 24
 MAX_OBJECTS = 5  # a CLEVR scene of this kind holds no more
 CACHE_NAME = f".pictures-{IMAGE_SIZE}.safetensors"
 MANIFEST_NAME = "manifest.json"
+PACK = ROOT / "iclevr.npz"  # the pictures that ship
 
 
 class InputError(ValueError):
@@ -62,6 +65,13 @@ def number(kind: type, low: float, high: float = math.inf):
         return value
 
     return parse
+
+
+def check_precision(precision: str):
+    """Raise InputError for bf16 on a processor that has no instructions for it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if precision == "bf16" and not torch.cuda.is_available() and "AVX512" not in capability:
+        raise InputError(f"--mixed-precision bf16: 40 to 500 times slower on this processor ({capability})")
 
 
 # ------------------------------------------------------------------------------------------------ label files
@@ -184,8 +194,8 @@ def read_picture(path: Path) -> torch.Tensor:
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1]."""
-    return images.float().div_(127.5).sub_(1)
+    """uint8 in 0..255 -> float32 in [-1, 1], contiguous however the bytes lie in memory."""
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -193,27 +203,30 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def whole_scenes(folder: Path, labels_path: Path, labels: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The part of `labels` whose pictures are there, by the manifest that render.py leaves beside them.
+def check_manifest(manifest, where: Path, labels_path: Path) -> int:
+    """How many scenes were rendered. Raises InputError if it was from another label file than this.
 
-    Without a manifest (the lab's own folder) that is all of them. File names are the same in every i-CLEVR
-    set, so only the manifest can tell whether pictures and labels belong together: InputError if they do not.
+    File names are the same in every i-CLEVR set, so only the manifest that render.py leaves can tell whether
+    pictures and labels belong together.
     """
-    if not (folder / MANIFEST_NAME).exists():
-        return labels
-    manifest = load_json(folder / MANIFEST_NAME)
     try:
         made_from, done = manifest["labels_sha256"], int(manifest["scenes_done"])
     except (TypeError, KeyError, ValueError):
-        raise InputError(
-            f"{folder / MANIFEST_NAME}: not a manifest of render.py; render into another folder"
-        ) from None
+        raise InputError(f"{where}: not a manifest of render.py; render into another folder") from None
     if made_from != file_sha256(labels_path):
         raise InputError(
-            f"{folder}: these pictures were rendered from another label file than {labels_path} (its SHA-256 "
-            f"is not that of {MANIFEST_NAME}); render its own with `python render.py --labels {labels_path} "
-            f"--out DIR` and give --data DIR"
+            f"{where}: these pictures were rendered from another label file than {labels_path} (SHA-256 "
+            f"differs); render its own with `python render.py --labels {labels_path} --out DIR` and give "
+            f"--data DIR, or link the lab's pictures to iclevr/"
         )
+    return done
+
+
+def whole_scenes(folder: Path, labels_path: Path, labels: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The part of `labels` whose pictures are there: all, unless render.py's manifest says otherwise."""
+    if not (folder / MANIFEST_NAME).exists():
+        return labels  # the lab's own folder
+    done = check_manifest(load_json(folder / MANIFEST_NAME), folder / MANIFEST_NAME, labels_path)
     scenes = set(list(dict.fromkeys(map(scene_of, labels)))[:done])
     return {f: c for f, c in labels.items() if scene_of(f) in scenes}
 
@@ -252,30 +265,98 @@ def load_pictures(folder: Path, filenames: list[str]) -> torch.Tensor:
     return images
 
 
+def save_pack(path: Path, data: "ICLEVRDataset", manifest: dict):
+    """Write a whole rendered set into one .npz that `np.load` opens, lossless; `manifest` is the folder's.
+
+    `differences` is uint8 [scenes, steps, 64, 64, 3]: each picture less the one a step before, then each
+    pixel less its left neighbour, modulo 256, because LZMA makes 30 MB of those and 33 MB of the pictures.
+    `filenames` [N] and `labels` [N, 24] go through scenes and steps in that order; `objects` [24] names the
+    labels. Raises InputError if not every scene has the same number of steps, next to each other.
+    """
+    scenes = [scene_of(f) for f in data.filenames]
+    count = len(set(scenes))
+    steps = len(scenes) // count
+    if scenes != [scene for scene in scenes[::steps] for _ in range(steps)]:
+        raise InputError(f"{path}: expected scenes of {steps} pictures each, next to each other")
+    images = data.images.permute(0, 2, 3, 1).reshape(count, steps, IMAGE_SIZE, IMAGE_SIZE, 3).numpy()
+    images = np.diff(images, axis=1, prepend=np.uint8(0))
+    arrays = {
+        "differences": np.diff(images, axis=3, prepend=np.uint8(0)),
+        "labels": data.labels.numpy().astype(np.uint8),
+        "filenames": np.array(data.filenames),
+        "objects": np.array(sorted(data.objects, key=data.objects.get)),
+        "manifest": np.array(json.dumps(manifest)),
+    }
+    temporary = path.with_suffix(".tmp")
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as file:  # np.savez knows deflate alone
+            for name, array in arrays.items():
+                with file.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+BAD_PACK = (zipfile.BadZipFile, lzma.LZMAError, LookupError, ValueError, EOFError, TypeError, MemoryError)
+
+
+def load_pack(path: Path) -> tuple[torch.Tensor, dict]:
+    """Pictures, uint8 [N, 3, 64, 64], and manifest of a file made by `save_pack`. Raises InputError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            manifest = json.loads(str(file["manifest"]))
+            images = file["differences"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a pack made by `python render.py --pack`") from None
+    except BAD_PACK as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: not a pack made by `python render.py --pack` ({reason})") from None
+    if images.dtype != np.uint8 or images.ndim != 5 or images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        got = f"{images.dtype} {images.shape}"
+        raise InputError(f"{path}: expected differences of uint8 [scenes, steps, 64, 64, 3], got {got}")
+    for step in range(1, images.shape[1]):  # in place, so that the set is held once
+        images[:, step] += images[:, step - 1]
+    for scene in images:
+        np.cumsum(scene, axis=2, dtype=np.uint8, out=scene)
+    return torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2), manifest
+
+
+def default_data() -> Path:
+    """`iclevr/` of the working directory if it is there, else the pictures that ship."""
+    return Path("iclevr") if os.path.lexists("iclevr") else PACK
+
+
 class ICLEVRDataset(Dataset):
-    """A folder of pictures with their label file.
+    """A folder of pictures, or an .npz made by `render.py --pack`, with its label file.
 
     `images` is uint8 [N, 3, 64, 64] and `labels` float32 [N, 24], both whole in memory; an item is a pair
     of the picture as float32 [3, 64, 64] in [-1, 1] and its multi-hot label [24]. Raises InputError if
-    pictures are missing or broken, or if folder and label file do not belong together.
+    pictures are missing or broken, or if they and the label file do not belong together.
     """
 
-    def __init__(self, folder: Path | str, labels_path: Path | str, objects: dict[str, int]):
-        folder, labels_path = Path(folder), Path(labels_path)
-        labels = load_labels(labels_path, objects)
-        if not folder.is_dir():
+    def __init__(self, source: Path | str, labels_path: Path | str, objects: dict[str, int]):
+        source, labels_path = Path(source), Path(labels_path)
+        present = labels = load_labels(labels_path, objects)
+        if source.suffix == ".npz":
+            self.images, manifest = load_pack(source)  # [N, 3, 64, 64]
+            check_manifest(manifest, source, labels_path)
+            if len(self.images) != len(labels):
+                raise InputError(f"{source}: {len(self.images)} pictures for {len(labels)} of {labels_path}")
+        elif source.is_dir():
+            present = whole_scenes(source, labels_path, labels)
+            if not present:
+                raise InputError(f"{source}: no whole scene yet; run `python render.py --out {source}` on")
+            self.images = load_pictures(source, list(present))
+        else:
             raise InputError(
-                f"{folder}: no pictures there; make them with `python render.py --out {folder}`, or link the "
+                f"{source}: no pictures there; make them with `python render.py --out {source}`, or link the "
                 f"lab's own folder to that name and put its label files in place of these"
             )
-        present = whole_scenes(folder, labels_path, labels)
-        if not present:
-            raise InputError(f"{folder}: holds no whole scene yet; run `python render.py --out {folder}` on")
-        self.total = len(labels)
+        self.total, self.objects = len(labels), objects
         self.filenames = list(present)
         self.conditions = list(present.values())
         self.labels = multi_hot(self.conditions, objects)  # [N, 24]
-        self.images = load_pictures(folder, self.filenames)  # [N, 3, 64, 64]
 
     def __len__(self) -> int:
         return len(self.images)

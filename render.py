@@ -3,6 +3,8 @@
     python render.py                       # the 18,009 pictures of train.json into iclevr/
     python render.py --limit 20            # its first 20 scenes
     python render.py --random-scenes 1000 --out more   # new scenes of 1 to 5 objects, with more/labels.json
+    python render.py --pack                # iclevr/ into iclevr.npz, as it ships
+    python render.py --verify              # renders a sample of iclevr.npz again and compares
     python render.py --make-labels --seed 0            # the label files that ship
 
 A picture is a function of (seed, scene name, objects) alone: the number of workers, the order and where a
@@ -12,7 +14,6 @@ arXiv 1612.06890) with the placement of i-CLEVR (El-Nouby et al. 2019, arXiv 181
 
 import argparse
 import importlib.metadata
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -30,13 +31,17 @@ from dataset import (
     MANIFEST_NAME,
     MAX_OBJECTS,
     ROOT,
+    ICLEVRDataset,
     InputError,
+    check_manifest,
     command,
     file_sha256,
     load_json,
     load_labels,
     load_objects,
+    load_pack,
     number,
+    save_pack,
     scene_of,
 )
 
@@ -134,12 +139,12 @@ def make_labels(seed: int) -> dict[str, object]:
 
 
 def random_labels(scenes: int, seed: int) -> dict[str, list[str]]:
-    """One picture each of `scenes` new scenes with 1 to 5 objects, as many of each number."""
+    """All steps of `scenes` new scenes: as many scenes of each number of objects, 1 to 5."""
     labels = {}
     for i in range(scenes):
         rng = np.random.default_rng([seed, i])
         names = draw_objects(rng, int(rng.integers(1, MAX_OBJECTS + 1)))
-        labels[f"CLEVR_random{seed}_{i:06d}_{len(names) - 1}.png"] = names
+        labels |= {f"CLEVR_random{seed}_{i:06d}_{k}.png": names[: k + 1] for k in range(len(names))}
     return labels
 
 
@@ -439,6 +444,11 @@ def group_scenes(labels: dict[str, list[str]], path: Path) -> dict[str, list[str
     return scenes
 
 
+def scene_job(name: str, filenames: list[str], labels: dict[str, list[str]]) -> tuple:
+    """What `render_scene` takes: scene name, its objects, how many of them each picture shows."""
+    return name, max((labels[f] for f in filenames), key=len), [len(labels[f]) for f in filenames]
+
+
 def open_manifest(out: Path, wanted: dict) -> dict:
     """The manifest of `out`, new or to go on with. Raises InputError if `out` holds any other set."""
     path = out / MANIFEST_NAME
@@ -458,6 +468,59 @@ def write_manifest(out: Path, manifest: dict):
     temporary = out / f"{MANIFEST_NAME}.tmp"
     temporary.write_text(json.dumps(manifest, indent=1) + "\n")
     os.replace(temporary, out / MANIFEST_NAME)
+
+
+def mitsuba_version() -> str:
+    try:
+        return importlib.metadata.version("mitsuba")
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError("mitsuba: not installed; pip install -r requirements-dev.txt") from None
+
+
+def render_scenes(jobs: list[tuple[str, list[str], list[int]]], options: dict, workers: int):
+    """Yield the PNG files of each of `jobs`, made by `scene_job`."""
+    context = multiprocessing.get_context("spawn")
+    start = (options["size"], options["samples"], options["seed"])
+    bar = tqdm(total=sum(len(counts) for _, _, counts in jobs), unit="picture", disable=not jobs)
+    with bar, context.Pool(workers, start_worker, start) as pool:
+        for pictures in pool.imap(render_scene, jobs):
+            yield pictures
+            bar.update(len(pictures))
+
+
+def pack(out: Path, labels_path: Path, objects: dict[str, int]):
+    """Write the whole set in `out` to `out`.npz."""
+    manifest = open_manifest(out, {"labels_sha256": file_sha256(labels_path)})
+    data = ICLEVRDataset(out, labels_path, objects)
+    if len(data) < data.total:
+        raise InputError(f"{out}: {len(data):,} of {data.total:,} pictures; render the rest before packing")
+    if manifest.get("options", {}).get("size") != "64x64":
+        raise InputError(f"{out}: expected pictures rendered at 64x64")
+    path = out.with_name(f"{out.name}.npz")
+    save_pack(path, data, manifest)
+    print(f"{path}: {len(data):,} pictures, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def verify(path: Path, labels_path: Path, scenes: int, workers: int, objects: dict[str, int]):
+    """Render `scenes` scenes of the pack `path`, spread evenly, with its own options; print what differs."""
+    here = mitsuba_version()
+    images, manifest = load_pack(path)
+    check_manifest(manifest, path, labels_path)
+    options, labels = manifest["options"], load_labels(labels_path, objects)
+    grouped = list(group_scenes(labels, labels_path).items())
+    steps = len(images) // len(grouped)
+    chosen = sorted(set(np.linspace(0, len(grouped) - 1, scenes).astype(int)))
+    jobs = [scene_job(*grouped[scene], labels) for scene in chosen]
+    differences = []
+    for scene, pictures in zip(chosen, render_scenes(jobs, options, workers), strict=True):
+        for packed, png in zip(images[scene * steps : (scene + 1) * steps], pictures, strict=True):
+            image = np.array(Image.open(io.BytesIO(png))).astype(int)
+            differences.append(abs(image - packed.permute(1, 2, 0).numpy()).max(-1))
+    share, largest = np.mean(np.array(differences) > 0), np.max(differences)
+    print(f"{path}: {len(differences)} of {len(images):,} pictures rendered again")
+    print(f"{share:.4%} of their pixels differ, by {largest} grey levels at most")
+    if here != options["mitsuba"]:
+        print(f"packed from Mitsuba {options['mitsuba']}, rendered again with {here}")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -482,7 +545,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--make-labels", action="store_true", help="write the five label files and stop")
     other.add_argument("--random-scenes", type=number(int, 1), metavar="N",
-                       help="render N new scenes of 1 to 5 objects, one picture each")  # fmt: skip
+                       help="render all steps of N new scenes of 1 to 5 objects")  # fmt: skip
+    other.add_argument("--pack", action="store_true", help="write the pictures of --out to one file, OUT.npz")
+    other.add_argument("--verify", action="store_true",
+                       help="compare --limit scenes (default: 20) of OUT.npz with new renders")  # fmt: skip
     args = parser.parse_args(argv)
     if args.random_scenes and not args.out:
         parser.error("--random-scenes needs --out DIR")
@@ -497,37 +563,31 @@ def main(argv: list[str] | None = None):
             {(args.out or Path(".")) / name: content for name, content in make_labels(args.seed).items()}
         )
         return
-    if importlib.util.find_spec("mitsuba") is None:
-        raise InputError("mitsuba: not installed; pip install -r requirements-dev.txt")
-    out = args.out or Path("iclevr")
+    out, objects = args.out or Path("iclevr"), load_objects()
+    if args.pack:
+        return pack(out, args.labels, objects)
+    if args.verify:
+        return verify(out.with_name(f"{out.name}.npz"), args.labels, args.limit or 20, args.workers, objects)
     if args.random_scenes:
         args.labels = out / "labels.json"
         write_new({args.labels: random_labels(args.random_scenes, args.seed)})
-    labels = load_labels(args.labels, load_objects())
+    labels = load_labels(args.labels, objects)
     scenes = group_scenes(labels, args.labels)
-    options = {"size": args.size, "samples": args.samples, "seed": args.seed}
-    options["mitsuba"] = importlib.metadata.version("mitsuba")
+    options = {"size": args.size, "samples": args.samples, "seed": args.seed, "mitsuba": mitsuba_version()}
     wanted = {"labels": args.labels.name, "labels_sha256": file_sha256(args.labels), "options": options}
     manifest = open_manifest(out, wanted)
     out.mkdir(parents=True, exist_ok=True)
     write_manifest(out, manifest)
 
     todo = list(scenes.items())[manifest["scenes_done"] : args.limit]
-    jobs = [
-        (name, max((labels[f] for f in files), key=len), [len(labels[f]) for f in files])
-        for name, files in todo
-    ]
+    jobs = [scene_job(name, filenames, labels) for name, filenames in todo]
     signal.signal(signal.SIGTERM, stop)
-    context = multiprocessing.get_context("spawn")
-    bar = tqdm(total=sum(len(files) for _, files in todo), unit="picture", disable=not todo)
     try:
-        with bar, context.Pool(args.workers, start_worker, (args.size, args.samples, args.seed)) as pool:
-            for (_, filenames), pictures in zip(todo, pool.imap(render_scene, jobs), strict=True):
-                for filename, data in zip(filenames, pictures, strict=True):
-                    (out / filename).write_bytes(data)
-                manifest["scenes_done"] += 1
-                write_manifest(out, manifest)
-                bar.update(len(filenames))
+        for (_, filenames), pictures in zip(todo, render_scenes(jobs, options, args.workers), strict=True):
+            for filename, data in zip(filenames, pictures, strict=True):
+                (out / filename).write_bytes(data)
+            manifest["scenes_done"] += 1
+            write_manifest(out, manifest)
     except KeyboardInterrupt:
         print(
             f"stopped after {manifest['scenes_done']} of {len(scenes)} scenes; the same command goes on",

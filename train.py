@@ -29,7 +29,9 @@ from dataset import (
     ROOT,
     ICLEVRDataset,
     InputError,
+    check_precision,
     command,
+    default_data,
     file_sha256,
     load_conditions,
     load_objects,
@@ -78,7 +80,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--model", choices=PRESETS, default="reference", help="preset (default: %(default)s)")
     run.add_argument(
-        "--data", type=Path, default=Path("iclevr"), help="folder of pictures (default: %(default)s)"
+        "--data", type=Path, default=default_data(), help="folder or .npz of pictures (default: %(default)s)"
     )
     run.add_argument(
         "--labels", type=Path, default=ROOT / "train.json", help="label file (default: train.json)"
@@ -186,13 +188,6 @@ def sample_grid(path: Path, model: torch.nn.Module, noise_scheduler, metadata: d
 
 
 # --------------------------------------------------------------------------------------------------- training
-
-
-def check_precision(precision: str):
-    """Raise InputError for bf16 on a processor that has no instructions for it."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if precision == "bf16" and not torch.cuda.is_available() and "AVX512" not in capability:
-        raise InputError(f"--mixed-precision bf16: 40 to 500 times slower on this processor ({capability})")
 
 
 @command

@@ -22,12 +22,13 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    """The project as a new user has it: scripts, label files, weights."""
+    """The project as a new user has it: scripts, label files, pictures, weights."""
     folder = tmp_path / "clone"
     folder.mkdir()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.json")]:
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "weights", folder / "weights")
+    (folder / "iclevr.npz").symlink_to(ROOT / "iclevr.npz")
     return folder
 
 

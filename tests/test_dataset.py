@@ -1,6 +1,7 @@
 """Pictures and labels, and every way in which they can be wrong."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,8 +11,9 @@ from conftest import OFFICIAL, ROOT
 from PIL import Image
 
 import dataset
+import render
 import train
-from dataset import CACHE_NAME, ICLEVRDataset, InputError, load_conditions, load_labels, load_objects
+from dataset import CACHE_NAME, PACK, ICLEVRDataset, InputError, load_conditions, load_labels, load_objects
 
 OBJECTS = load_objects()
 LABELS = load_labels(ROOT / "train.json", OBJECTS)
@@ -85,6 +87,99 @@ def test_cache_is_used_and_notices_a_changed_file(folder):
     assert load(folder).images[0, 0].min() == 255
     (folder / CACHE_NAME).write_bytes(b"cut off")
     assert load(folder).images[0, 0].min() == 255
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A folder with labels.json of two scenes, their pictures in set/ and those packed in set.npz."""
+    folder = tmp_path_factory.mktemp("packed")
+    (folder / "labels.json").write_text(json.dumps({n: LABELS[n] for n in NAMES[:6]}))
+    for more in ([], ["--pack"]):
+        render.main(["--labels", str(folder / "labels.json"), "--out", str(folder / "set"), *more])
+    return folder
+
+
+def test_a_pack_holds_the_pictures_byte_for_byte(packed, tmp_path):
+    data = ICLEVRDataset(packed / "set.npz", packed / "labels.json", OBJECTS)
+    source = ICLEVRDataset(packed / "set", packed / "labels.json", OBJECTS)
+    assert torch.equal(data.images, source.images) and torch.equal(data.labels, source.labels)
+    assert data.filenames == source.filenames and data.total == 6
+    assert all(torch.equal(a, b) for a, b in zip(data[4], source[4], strict=True))
+    assert data[4][0].is_contiguous()
+    with np.load(packed / "set.npz") as file:  # as the README tells those without our code
+        images = file["differences"].cumsum(1, np.uint8).cumsum(3, np.uint8).reshape(-1, 64, 64, 3)
+        assert [file["objects"][row.astype(bool)].tolist() for row in file["labels"]] == [
+            sorted(LABELS[n], key=OBJECTS.get) for n in file["filenames"]
+        ]
+        assert json.loads(str(file["manifest"])) == json.loads((packed / "set" / "manifest.json").read_text())
+    for name, image in zip(NAMES[:6], images, strict=True):
+        assert np.array_equal(np.array(Image.open(packed / "set" / name)), image)
+    shutil.copytree(packed / "set", tmp_path / "set")  # the same pictures make the same bytes
+    render.main(["--labels", str(packed / "labels.json"), "--out", str(tmp_path / "set"), "--pack"])
+    assert (tmp_path / "set.npz").read_bytes() == (packed / "set.npz").read_bytes()
+
+
+def test_verify_renders_again_and_finds_a_changed_picture(packed, tmp_path, capsys):
+    def verify(folder):
+        capsys.readouterr()
+        argv = ["--labels", packed / "labels.json", "--out", folder / "set", "--verify", "--limit", 2]
+        render.main(list(map(str, argv)))
+        return capsys.readouterr().out
+
+    assert "6 of 6 pictures rendered again\n0.0000% of their pixels differ, by 0 grey" in verify(packed)
+    shutil.copytree(packed / "set", tmp_path / "set")
+    image = np.array(Image.open(tmp_path / "set" / NAMES[4]))
+    image[0, 0, 0] += 3
+    Image.fromarray(image).save(tmp_path / "set" / NAMES[4])
+    render.main(["--labels", str(packed / "labels.json"), "--out", str(tmp_path / "set"), "--pack"])
+    assert "0.0041% of their pixels differ, by 3 grey" in verify(tmp_path)  # one of 6 x 4096
+
+
+def test_what_is_no_whole_rendered_set_is_not_packed(packed, pictures, folder, tmp_path, refused):
+    part = shutil.copytree(pictures, tmp_path / "part")
+    refused(render.main, ["--out", part, "--pack"], "12 of 18,009 pictures")
+    refused(render.main, ["--out", folder, "--labels", folder / "labels.json", "--pack"], "did not make")
+    refused(render.main, ["--out", tmp_path / "none", "--pack"], "no pictures there")
+    refused(render.main, ["--out", tmp_path / "none", "--verify"], "none.npz: no such file")
+    assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK not really", "cut", "arrays", "shape", "flipped"])
+def test_broken_packs_are_refused(packed, tmp_path, content):
+    path = tmp_path / "bad.npz"
+    whole = (packed / "set.npz").read_bytes()
+    if content == "arrays":
+        np.savez(path, images=np.zeros(3))
+    elif content == "shape":
+        np.savez(path, differences=np.zeros((2, 3, 32, 32, 3), np.uint8), manifest=np.array("{}"))
+    elif content == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif content == "flipped":
+        path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 255]) + whole[5001:])
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="bad.npz: "):
+        ICLEVRDataset(path, packed / "labels.json", OBJECTS)
+
+
+def test_packs_of_other_labels_are_refused(packed):
+    with pytest.raises(InputError, match="set.npz: .*another label file"):
+        ICLEVRDataset(packed / "set.npz", ROOT / "train.json", OBJECTS)
+
+
+def test_the_pack_that_ships(pictures, clone, run):
+    """It is whole, what render.py makes (but for the last bit of other processors), and lean to read."""
+    data = ICLEVRDataset(PACK, ROOT / "train.json", OBJECTS)
+    assert data.filenames == list(LABELS) and data.images.shape == (18009, 3, 64, 64)
+    assert os.path.getsize(PACK) <= 32e6
+    rendered = ICLEVRDataset(pictures, ROOT / "train.json", OBJECTS).images
+    assert (data.images[:12] != rendered).float().mean() < 0.01
+    code = (
+        "from resource import *; from dataset import *; peak = lambda: getrusage(RUSAGE_SELF).ru_maxrss; "
+        "before = peak(); ICLEVRDataset(PACK, ROOT / 'train.json', load_objects()); print(peak() - before)"
+    )
+    process = run(clone, "-c", code)
+    assert int(process.stdout) < 400e3, process.stderr  # KiB
 
 
 def test_links_are_followed(pictures, tmp_path):
@@ -165,12 +260,15 @@ def test_split_keeps_scenes_whole():
 @pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the lab's label files are not here")
 def test_official_files_drop_in(clone, pictures, run):
     """With our pictures they are refused; pictures rendered for them, as 320x240 RGBA, work."""
-    shutil.copytree(pictures, clone / "iclevr")
     for path in OFFICIAL.glob("*.json"):
         shutil.copy(path, clone)
     train_two = ["train.py", "--model", "small", "--max-steps", 2, "--batch-size", 4, "--sample-every", 0]
-    process = run(clone, *train_two)
-    assert process.returncode == 2 and "another label file" in process.stderr
+    for source in ("iclevr.npz", "iclevr"):
+        process = run(clone, *train_two)
+        assert process.returncode == 2 and f"{source}" in process.stderr
+        assert "another label file" in process.stderr
+        if source == "iclevr.npz":
+            shutil.copytree(pictures, clone / "iclevr")
     assert run(clone, "render.py", "--limit", 2, "--size", "320x240", "--out", "lab").returncode == 0
     for path in (clone / "lab").glob("*.png"):
         Image.open(path).convert("RGBA").save(path)

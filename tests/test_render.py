@@ -207,10 +207,12 @@ def test_original_size_and_more_objects(tmp_path):
 
 
 def test_random_scenes_come_with_their_labels(tmp_path):
-    render.main(["--random-scenes", "4", "--seed", "5", "--out", str(tmp_path)])
+    render.main(["--random-scenes", "2", "--seed", "5", "--out", str(tmp_path)])
     labels = load_labels(tmp_path / "labels.json", load_objects())
-    assert all((tmp_path / f).exists() for f in labels) and len(labels) == 4
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == sorted(labels)
     drawn = render.random_labels(1000, 5)
-    assert list(drawn.items())[:4] == list(labels.items())
-    counts = Counter(map(len, drawn.values()))
-    assert sorted(counts) == [1, 2, 3, 4, 5] and min(counts.values()) > 150
+    assert list(drawn.items())[: len(labels)] == list(labels.items())
+    scenes = render.group_scenes(drawn, tmp_path)  # each with all its steps
+    assert all([len(drawn[f]) for f in of] == list(range(1, len(of) + 1)) for of in scenes.values())
+    counts = Counter(map(len, scenes.values()))
+    assert len(scenes) == 1000 and sorted(counts) == [1, 2, 3, 4, 5] and min(counts.values()) > 150

@@ -115,8 +115,14 @@ def test_dry_run_and_missing_pictures_write_nothing(pictures, tmp_path, capsys, 
     train.main(["--model", "tiny-mixed", "--data", str(pictures), "--max-steps", "50", "--dry-run"])
     out = capsys.readouterr().out
     assert "no CUDA: 50 steps will take about" in out and "--model small" in out
-    refused(train.main, ["--model", "small"], "iclevr", "python render.py")
+    refused(train.main, ["--model", "small", "--data", "iclevr"], "iclevr", "python render.py")
     assert not list(tmp_path.iterdir())
+
+
+def test_trains_on_the_pack_where_there_are_no_pictures(clone, run):
+    process = run(clone, "train.py", *TINY, "--max-steps", 2)
+    assert process.returncode == 0, process.stderr
+    assert "iclevr.npz: 18,009 pictures" in process.stdout
 
 
 def test_every_picture_is_seen_once_per_epoch():
