@@ -1,0 +1,188 @@
+"""What the evaluator sees and misses in the pictures that ship, none of whose scenes it was trained on.
+
+    python benchmarks/check_evaluator.py --sheet docs/evaluator_failures.png
+
+Prints tables in Markdown (docs/evaluator.md) and draws every picture whose set of objects it gets wrong. How
+much of an object is hidden comes from the scenes themselves, placed again by render.py.
+"""
+
+import argparse
+import collections
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import render
+from dataset import (
+    MANIFEST_NAME,
+    PACK,
+    ROOT,
+    ICLEVRDataset,
+    load_json,
+    load_objects,
+    load_pack,
+    scene_of,
+    to_float,
+)
+from evaluator import evaluation_model, soften
+
+BLUR, NOISE = 0.6, 4  # pixels, grey levels
+HIDDEN = (0, 0.05, 0.25, 0.5, 0.75, 1)  # shares of an object's pixels
+FILM = (160, 120)
+
+
+def start_worker(options: dict):
+    global renderer
+    import drjit
+
+    drjit.set_thread_count(1)
+    renderer = render.Renderer("64x64", options["samples"], options["seed"])
+
+
+def hidden_shares(job: tuple[str, list[str], list[int]]) -> list[list[float]]:
+    """For each picture of a scene: the share of each object that other objects hide."""
+    name, names, counts = job
+    placed = renderer.layout(name, names)[0]
+
+    def pixels(objects: list[tuple]) -> list[int]:
+        scene = renderer.scene(objects, {}, FILM)
+        shape_of = renderer.auxiliary(scene, "i:shape_index", 1)[..., 0]
+        index = {s.id(): i for i, s in enumerate(scene.shapes(), 1)}
+        return [int((shape_of == index[f"object{k}"]).sum()) for k in range(len(objects))]
+
+    alone = [pixels([p])[0] for p in placed[: max(counts)]]
+    return [[1 - min(1, s / a) for s, a in zip(pixels(placed[:n]), alone, strict=False)] for n in counts]
+
+
+def all_hidden_shares(data: ICLEVRDataset, options: dict) -> list[list[float]]:
+    labels = dict(zip(data.filenames, data.conditions, strict=True))
+    scenes = render.group_scenes(labels, PACK)
+    jobs = [render.scene_job(name, filenames, labels) for name, filenames in scenes.items()]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(os.cpu_count(), start_worker, (options,)) as pool:
+        parts = list(tqdm(pool.imap(hidden_shares, jobs, chunksize=8), total=len(jobs), unit="scene"))
+    return [shares for part in parts for shares in part]
+
+
+def table(title: str, header: list[str], rows: list[list]):
+    print(f"\n**{title}**\n")
+    for row in [header, ["---"] * len(header), *rows]:
+        print("| " + " | ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row) + " |")
+
+
+def confusions(missed: list[str], extra: list[str]) -> list[tuple[str, str]]:
+    """What was taken for what in one picture; '' stands for nothing."""
+    missed, extra, pairs = list(missed), list(extra), []
+    for part in (0, 1):  # the same colour first, then the same shape
+        for name in list(missed):
+            twin = next((e for e in extra if e.split()[part] == name.split()[part]), None)
+            if twin:
+                pairs.append((name, twin))
+                missed.remove(name)
+                extra.remove(twin)
+    return pairs + [(m, "") for m in missed] + [("", e) for e in extra]
+
+
+def kind_of(asked: str, seen: str) -> str:
+    if not seen:
+        return "missed"
+    if not asked:
+        return "seen where there is none"
+    return "shape mistaken" if asked.split()[0] == seen.split()[0] else "colour mistaken"
+
+
+def draw_sheet(path: Path, images: np.ndarray, captions: list[str], columns: int = 8):
+    side, text = 160, 46
+    sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * (side + text)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % columns * side, i // columns * (side + text)
+        sheet.paste(Image.fromarray(image).resize((side - 4, side - 4), Image.Resampling.NEAREST), (x, y))
+        draw.text((x, y + side - 2), caption, "black")
+    sheet.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "evaluator.pth")
+    parser.add_argument("--data", type=Path, default=PACK, help="what render.py made (default: %(default)s)")
+    parser.add_argument("--sheet", type=Path, help="picture of all failures to write")
+    args = parser.parse_args()
+    objects = load_objects()
+    names = sorted(objects, key=objects.get)
+    data = ICLEVRDataset(args.data, ROOT / "train.json", objects)
+    judge = evaluation_model(args.weights)
+    torch.manual_seed(0)
+    clean, soft = [], []
+    for images in tqdm(data.images.split(500), unit="batch"):
+        images = to_float(images)
+        clean.append(judge.probabilities(images))
+        soft.append(judge.probabilities(soften(images, BLUR, NOISE)))
+    asked, number = data.labels.bool(), data.labels.sum(1)
+    outputs = {"as rendered": torch.cat(clean), f"blur {BLUR} px, noise {NOISE} levels": torch.cat(soft)}
+    seen = {kind: output > judge.threshold for kind, output in outputs.items()}
+    exact = {kind: (s == asked).all(1) for kind, s in seen.items()}
+
+    scenes = len({scene_of(f) for f in data.filenames})
+    print(f"{len(data):,} pictures of {scenes:,} scenes; threshold {judge.threshold}")
+    rows = [["accuracy, micro top-k", *(judge.compute_acc(o, data.labels) for o in outputs.values())]]
+    rows += [["exact set", *(e.float().mean().item() for e in exact.values())]]
+    for n in (1, 2, 3):
+        of = number == n
+        rows.append([f"accuracy, {n} objects" if n > 1 else "accuracy, 1 object",
+                     *(judge.compute_acc(o[of], data.labels[of]) for o in outputs.values())])  # fmt: skip
+        rows.append([f"exact set, {n} objects" if n > 1 else "exact set, 1 object",
+                     *(e[of].float().mean().item() for e in exact.values())])  # fmt: skip
+    table("All pictures, and by number of objects", ["measure", *outputs], rows)
+
+    seen, failed = seen["as rendered"], (~exact["as rendered"]).nonzero().flatten().tolist()
+    for part, title in ((0, "By colour"), (1, "By shape")):
+        rows = []
+        for value in dict.fromkeys(name.split()[part] for name in names):
+            of = [i for i, name in enumerate(names) if name.split()[part] == value]
+            there, hit = asked[:, of].sum().item(), (asked & seen)[:, of].sum().item()
+            rows.append([value, there, there - hit, (seen & ~asked)[:, of].sum().item(), hit / there])
+        table(title, ["", "objects", "not seen", "seen where there is none", "share seen"], rows)
+
+    pairs = {i: confusions([n for n, a, s in zip(names, asked[i], seen[i], strict=True) if a and not s],
+                           [n for n, a, s in zip(names, asked[i], seen[i], strict=True) if s and not a])
+             for i in failed}  # fmt: skip
+    counts = collections.Counter(kind_of(*pair) for of in pairs.values() for pair in of)
+    table("Kinds of mistakes", ["", "objects"], [[k, v] for k, v in counts.most_common()])
+    taken = collections.Counter()
+    for pair in (pair for of in pairs.values() for pair in of if all(pair)):
+        part = 1 if kind_of(*pair) == "shape mistaken" else 0
+        taken[tuple(name.split()[part] for name in pair)] += 1
+    table("What is taken for what", ["asked", "seen", "objects"], [[*k, v] for k, v in taken.most_common()])
+
+    is_pack = args.data.suffix == ".npz"
+    manifest = load_pack(args.data)[1] if is_pack else load_json(args.data / MANIFEST_NAME)
+    hidden = all_hidden_shares(data, manifest["options"])
+    bins = collections.defaultdict(lambda: [0, 0])
+    for i, shares in enumerate(hidden):
+        for name, share in zip(data.conditions[i], shares, strict=True):
+            bin_ = bins[int(np.searchsorted(HIDDEN[1:-1], share, side="right"))]
+            bin_[0] += 1
+            bin_[1] += int(seen[i, objects[name]])
+    rows = [[f"{HIDDEN[b]:.0%} to {HIDDEN[b + 1]:.0%}", n, n - hit, hit / n]
+            for b, (n, hit) in sorted(bins.items())]  # fmt: skip
+    table("By how much of an object others hide", ["hidden", "objects", "not seen", "share seen"], rows)
+
+    if args.sheet:
+        captions = []
+        for i in failed:
+            lines = [f"{a or 'nothing'} -> {s or 'nothing'}" for a, s in pairs[i]]
+            shares = [hidden[i][data.conditions[i].index(a)] for a, _ in pairs[i] if a]
+            captions.append("\n".join([*lines[:2], *(f"hidden {h:.0%}" for h in shares[:1])]))
+        draw_sheet(args.sheet, data.images[failed].permute(0, 2, 3, 1).numpy(), captions)
+
+
+if __name__ == "__main__":
+    main()
