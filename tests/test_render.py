@@ -81,11 +81,12 @@ def test_labels_are_never_overwritten(tmp_path, refused):
 
 
 def test_same_bytes_for_any_number_of_workers_and_after_a_stop(pictures, tmp_path):
-    render.main(["--limit", "2", "--workers", "1", "--out", str(tmp_path / "a")])
+    render.main(["--limit", "2", "--workers", "2", "--out", str(tmp_path / "a")])
     files = sorted(p.name for p in (tmp_path / "a").glob("*.png"))
     assert len(files) == 6
-    command = [sys.executable, ROOT / "render.py", "--limit", "4", "--workers", "2", "--out", tmp_path / "a"]
-    # As `nohup ... &` starts it: a shell has such a process ignore Ctrl-C, but SIGTERM must stop it.
+    command = [sys.executable, ROOT / "render.py", "--limit", "4", "--workers", "1", "--out", tmp_path / "a"]
+    # One worker takes a second for the last scene: time to be stopped in. As `nohup ... &` starts it: a shell
+    # has such a process ignore Ctrl-C, but SIGTERM must stop it.
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
