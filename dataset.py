@@ -222,12 +222,9 @@ def check_manifest(manifest, where: Path, labels_path: Path) -> int:
     return done
 
 
-def whole_scenes(folder: Path, labels_path: Path, labels: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The part of `labels` whose pictures are there: all, unless render.py's manifest says otherwise."""
-    if not (folder / MANIFEST_NAME).exists():
-        return labels  # the lab's own folder
-    done = check_manifest(load_json(folder / MANIFEST_NAME), folder / MANIFEST_NAME, labels_path)
-    scenes = set(list(dict.fromkeys(map(scene_of, labels)))[:done])
+def first_scenes(labels: dict[str, list[str]], count: int) -> dict[str, list[str]]:
+    """The part of `labels` that its first `count` scenes make up."""
+    scenes = set(list(dict.fromkeys(map(scene_of, labels)))[:count])
     return {f: c for f, c in labels.items() if scene_of(f) in scenes}
 
 
@@ -331,20 +328,25 @@ class ICLEVRDataset(Dataset):
     """A folder of pictures, or an .npz made by `render.py --pack`, with its label file.
 
     `images` is uint8 [N, 3, 64, 64] and `labels` float32 [N, 24], both whole in memory; an item is a pair
-    of the picture as float32 [3, 64, 64] in [-1, 1] and its multi-hot label [24]. Raises InputError if
-    pictures are missing or broken, or if they and the label file do not belong together.
+    of the picture as float32 [3, 64, 64] in [-1, 1] and its multi-hot label [24]. `manifest` says how
+    render.py made the pictures, None if it did not. Raises InputError if pictures are missing or broken, or
+    if they and the label file do not belong together.
     """
 
     def __init__(self, source: Path | str, labels_path: Path | str, objects: dict[str, int]):
         source, labels_path = Path(source), Path(labels_path)
         present = labels = load_labels(labels_path, objects)
         if source.suffix == ".npz":
-            self.images, manifest = load_pack(source)  # [N, 3, 64, 64]
-            check_manifest(manifest, source, labels_path)
+            self.images, self.manifest = load_pack(source)  # [N, 3, 64, 64]
+            check_manifest(self.manifest, source, labels_path)
             if len(self.images) != len(labels):
                 raise InputError(f"{source}: {len(self.images)} pictures for {len(labels)} of {labels_path}")
         elif source.is_dir():
-            present = whole_scenes(source, labels_path, labels)
+            path = source / MANIFEST_NAME
+            self.manifest = None  # of the lab's own folder
+            if path.exists():
+                self.manifest = load_json(path)
+                present = first_scenes(labels, check_manifest(self.manifest, path, labels_path))
             if not present:
                 raise InputError(f"{source}: no whole scene yet; run `python render.py --out {source}` on")
             self.images = load_pictures(source, list(present))

@@ -33,13 +33,11 @@ from dataset import (
     ROOT,
     ICLEVRDataset,
     InputError,
-    check_manifest,
     command,
     file_sha256,
     load_json,
     load_labels,
     load_objects,
-    load_pack,
     number,
     save_pack,
     scene_of,
@@ -352,6 +350,13 @@ class Renderer:
         ]
         return np.stack(channels, -1)
 
+    def visible_pixels(self, placed: list[tuple], film: tuple[int, int]) -> list[int]:
+        """How many pixels of `film` show each of the `placed` objects."""
+        scene = self.scene(placed, {}, film)
+        shape_of = self.auxiliary(scene, "i:shape_index", 1)[..., 0]
+        index = {shape.id(): i for i, shape in enumerate(scene.shapes(), 1)}  # Mitsuba counts from one
+        return [int((shape_of == index[f"object{k}"]).sum()) for k in range(len(placed))]
+
     def place(self, rng: np.random.Generator, names: list[str]) -> list[tuple]:
         """Positions for five objects, `names` first, the rest drawn: (name, x, y, degrees), all in sight.
 
@@ -370,12 +375,7 @@ class Renderer:
                 continue  # the first few left no room for the fifth
             degrees = [float(rng.uniform(0, 360)) for _ in names]
             placed = [(n, *map(float, p), d) for n, p, d in zip(names, points, degrees, strict=True)]
-            scene = self.scene(placed, {}, (320, 240))
-            shape_of = self.auxiliary(scene, "i:shape_index", 1)[..., 0]
-            seen = [  # Mitsuba counts shapes from one
-                (shape_of == i).sum() for i, s in enumerate(scene.shapes(), 1) if s.id().startswith("object")
-            ]
-            if min(seen) >= MIN_VISIBLE:
+            if min(self.visible_pixels(placed, (320, 240))) >= MIN_VISIBLE:
                 return placed
 
     def layout(self, scene_name: str, names: list[str]) -> tuple[list[tuple], dict[str, np.ndarray], int]:
@@ -504,9 +504,9 @@ def pack(out: Path, labels_path: Path, objects: dict[str, int]):
 def verify(path: Path, labels_path: Path, scenes: int, workers: int, objects: dict[str, int]):
     """Render `scenes` scenes of the pack `path`, spread evenly, with its own options; print what differs."""
     here = mitsuba_version()
-    images, manifest = load_pack(path)
-    check_manifest(manifest, path, labels_path)
-    options, labels = manifest["options"], load_labels(labels_path, objects)
+    data = ICLEVRDataset(path, labels_path, objects)
+    images, options = data.images, data.manifest["options"]
+    labels = dict(zip(data.filenames, data.conditions, strict=True))
     grouped = list(group_scenes(labels, labels_path).items())
     steps = len(images) // len(grouped)
     chosen = sorted(set(np.linspace(0, len(grouped) - 1, scenes).astype(int)))

@@ -20,17 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import render
-from dataset import (
-    MANIFEST_NAME,
-    PACK,
-    ROOT,
-    ICLEVRDataset,
-    load_json,
-    load_objects,
-    load_pack,
-    scene_of,
-    to_float,
-)
+from dataset import PACK, ROOT, ICLEVRDataset, load_objects, scene_of, to_float
 from evaluator import evaluation_model, soften
 
 BLUR, NOISE = 0.6, 4  # pixels, grey levels
@@ -38,43 +28,34 @@ HIDDEN = (0, 0.05, 0.25, 0.5, 0.75, 1)  # shares of an object's pixels
 FILM = (160, 120)
 
 
-def start_worker(options: dict):
-    global renderer
-    import drjit
-
-    drjit.set_thread_count(1)
-    renderer = render.Renderer("64x64", options["samples"], options["seed"])
-
-
 def hidden_shares(job: tuple[str, list[str], list[int]]) -> list[list[float]]:
     """For each picture of a scene: the share of each object that other objects hide."""
     name, names, counts = job
+    renderer = render.renderer  # of this worker
     placed = renderer.layout(name, names)[0]
-
-    def pixels(objects: list[tuple]) -> list[int]:
-        scene = renderer.scene(objects, {}, FILM)
-        shape_of = renderer.auxiliary(scene, "i:shape_index", 1)[..., 0]
-        index = {s.id(): i for i, s in enumerate(scene.shapes(), 1)}
-        return [int((shape_of == index[f"object{k}"]).sum()) for k in range(len(objects))]
-
-    alone = [pixels([p])[0] for p in placed[: max(counts)]]
-    return [[1 - min(1, s / a) for s, a in zip(pixels(placed[:n]), alone, strict=False)] for n in counts]
+    alone = [renderer.visible_pixels([p], FILM)[0] for p in placed[: max(counts)]]
+    together = [renderer.visible_pixels(placed[:n], FILM) for n in counts]
+    return [[1 - min(1, s / a) for s, a in zip(seen, alone, strict=False)] for seen in together]
 
 
-def all_hidden_shares(data: ICLEVRDataset, options: dict) -> list[list[float]]:
+def all_hidden_shares(data: ICLEVRDataset) -> list[list[float]]:
+    options = data.manifest["options"]
     labels = dict(zip(data.filenames, data.conditions, strict=True))
     scenes = render.group_scenes(labels, PACK)
     jobs = [render.scene_job(name, filenames, labels) for name, filenames in scenes.items()]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(os.cpu_count(), start_worker, (options,)) as pool:
+    start = ("64x64", options["samples"], options["seed"])
+    with context.Pool(os.cpu_count(), render.start_worker, start) as pool:
         parts = list(tqdm(pool.imap(hidden_shares, jobs, chunksize=8), total=len(jobs), unit="scene"))
     return [shares for part in parts for shares in part]
 
 
 def table(title: str, header: list[str], rows: list[list]):
     print(f"\n**{title}**\n")
-    for row in [header, ["---"] * len(header), *rows]:
+    for i, row in enumerate([header, *rows]):
         print("| " + " | ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row) + " |")
+        if i == 0:
+            print("|" + "---|" * len(header))
 
 
 def confusions(missed: list[str], extra: list[str]) -> list[tuple[str, str]]:
@@ -162,9 +143,7 @@ def main():
         taken[tuple(name.split()[part] for name in pair)] += 1
     table("What is taken for what", ["asked", "seen", "objects"], [[*k, v] for k, v in taken.most_common()])
 
-    is_pack = args.data.suffix == ".npz"
-    manifest = load_pack(args.data)[1] if is_pack else load_json(args.data / MANIFEST_NAME)
-    hidden = all_hidden_shares(data, manifest["options"])
+    hidden = all_hidden_shares(data)
     bins = collections.defaultdict(lambda: [0, 0])
     for i, shares in enumerate(hidden):
         for name, share in zip(data.conditions[i], shares, strict=True):
