@@ -64,17 +64,23 @@ def load_state(model: torch.nn.Module, path: Path):
         raise InputError(f"{path}: not the weights of this network ({reason})") from None
 
 
+def in_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors laid out as safetensors wants them, which knows no channels_last."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
 def write_weights(
     folder: Path, model: ConditionalUNet, noise_scheduler: DDPMScheduler, metadata: dict, training=None
 ):
     """Write weights under a temporary name and rename them. `training`: file name -> tensors."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary / "unet")
+    model.save_config(temporary / "unet")  # with the next line what save_pretrained writes
+    save_file(in_order(model.state_dict()), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
     noise_scheduler.save_pretrained(temporary / "scheduler")
     for name, tensors in (training or {}).items():
         (temporary / "training").mkdir(exist_ok=True)
-        save_file(tensors, temporary / "training" / f"{name}.safetensors")
+        save_file(in_order(tensors), temporary / "training" / f"{name}.safetensors")
     (temporary / METADATA_NAME).write_text(json.dumps(metadata, indent=1) + "\n")
     if folder.exists():
         shutil.rmtree(folder)
@@ -85,7 +91,7 @@ def save(run: Path, model, ema_model, optimizer, noise_scheduler: DDPMScheduler,
     """Write a checkpoint of step `metadata["step"]`, then remove all but the newest two."""
     state = optimizer.state_dict()["state"]  # parameter index -> name -> tensor
     training = {
-        "model": {k: v.contiguous() for k, v in model.state_dict().items()},
+        "model": model.state_dict(),
         "optimizer": {
             f"{i}.{name}": tensor for i, values in state.items() for name, tensor in values.items()
         },
@@ -100,8 +106,11 @@ def resume(folder: Path, model, ema_model, optimizer) -> int:
     load_state(ema_model, folder / WEIGHTS_NAME)
     load_state(model, folder / "training" / "model.safetensors")
     state: dict[int, dict] = {}
+    parameters = list(model.parameters())
     for key, tensor in load_file(folder / "training" / "optimizer.safetensors").items():
         index, name = key.split(".")
+        if tensor.ndim:  # fused AdamW pairs weights and moments by their place in memory
+            tensor = torch.empty_like(parameters[int(index)]).copy_(tensor)
         state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return load_json(folder / METADATA_NAME)["step"]

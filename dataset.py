@@ -6,6 +6,7 @@ Pictures are squashed to 64x64 without crop or padding: both would lose objects 
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -65,13 +66,6 @@ def number(kind: type, low: float, high: float = math.inf):
         return value
 
     return parse
-
-
-def check_precision(precision: str):
-    """Raise InputError for bf16 on a processor that has no instructions for it."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if precision == "bf16" and not torch.cuda.is_available() and "AVX512" not in capability:
-        raise InputError(f"--mixed-precision bf16: 40 to 500 times slower on this processor ({capability})")
 
 
 # ------------------------------------------------------------------------------------------------ label files
@@ -151,6 +145,17 @@ def multi_hot(conditions: list[list[str]], objects: dict[str, int]) -> torch.Ten
     for i, condition in enumerate(conditions):
         labels[i, [objects[name] for name in condition]] = 1
     return labels
+
+
+def unseen_triples(
+    labels: dict[str, list[str]], objects: dict[str, int], count: int = 100
+) -> list[list[str]]:
+    """Up to `count` sets of three objects that appear together in no picture of `labels`, drawn evenly."""
+    seen = {frozenset(triple) for c in labels.values() for triple in itertools.combinations(c, 3)}
+    names = sorted(objects, key=objects.get)
+    unseen = [list(triple) for triple in itertools.combinations(names, 3) if frozenset(triple) not in seen]
+    chosen = np.random.default_rng(0).permutation(len(unseen))[:count]
+    return [unseen[i] for i in sorted(chosen)]
 
 
 def scene_of(filename: str, path: Path | str = "labels") -> str:

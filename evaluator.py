@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
@@ -28,7 +28,6 @@ from dataset import (
     ROOT,
     ICLEVRDataset,
     InputError,
-    check_precision,
     command,
     load_conditions,
     load_json,
@@ -40,6 +39,7 @@ from dataset import (
     split_by_scene,
     to_float,
 )
+from model import choose_precision
 
 OFFICIAL_BLOB = (
     "ff70bd18a0c247595d56a8168cac7adcd61333e6"  # `git hash-object checkpoint.pth` of the lab's file
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None):
     )
     parser.add_argument("--seed", type=number(int, 0), default=0, help="with --train (default: %(default)s)")
     parser.add_argument(
-        "--mixed-precision", choices=("no", "bf16"), default="no", help="with --train (default: %(default)s)"
+        "--mixed-precision", choices=("no", "bf16"), help="with --train (default: bf16 on CUDA, else no)"
     )
     parser.add_argument("--out", type=Path, help="with --train: weights file to write")
     args = parser.parse_args(argv)
@@ -257,13 +257,13 @@ def main(argv: list[str] | None = None):
         parser.error("--train and --out belong together")
     objects = load_objects()
     if args.train:
-        check_precision(args.mixed_precision)
+        precision, _ = choose_precision(PartialState().device, args.mixed_precision)
         train_json = ROOT / "train.json"
         paths = [args.labels or labels_of(folder, train_json) for folder in args.folders]
         sets = [ICLEVRDataset(f, path, objects) for f, path in zip(args.folders, paths, strict=True)]
         images, labels = torch.cat([s.images for s in sets]), torch.cat([s.labels for s in sets])
         filenames = [f for s in sets for f in s.filenames]
-        checkpoint = train(images, labels, filenames, args.epochs, args.seed, args.mixed_precision)
+        checkpoint = train(images, labels, filenames, args.epochs, args.seed, precision)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         torch.save(checkpoint, temporary := args.out.with_suffix(".tmp"))
         os.replace(temporary, args.out)

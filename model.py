@@ -1,4 +1,7 @@
-"""The network, a diffusers UNet that is told what to paint by a multi-hot label, and the presets."""
+"""The network, a diffusers UNet told what to paint by a multi-hot label; presets; how it runs on a device."""
+
+import os
+from dataclasses import dataclass
 
 import torch
 from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, UNet2DModel
@@ -6,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch.nn import functional as F
 
-from dataset import IMAGE_SIZE, NUM_OBJECTS
+from dataset import IMAGE_SIZE, NUM_OBJECTS, InputError
 
 
 class ConditionalUNet(ModelMixin, ConfigMixin):
@@ -95,3 +98,86 @@ PRESETS: dict[str, dict] = {
 def build(preset: str) -> tuple[ConditionalUNet, DDPMScheduler]:
     """The network, freshly initialised by torch's global generator, and the noise scheduler of a preset."""
     return ConditionalUNet(**PRESETS[preset]["network"]), DDPMScheduler(**PRESETS[preset]["scheduler"])
+
+
+# ------------------------------------------------------------------------------------ how it runs on a device
+
+COMPILE_FROM = 500  # passes through the network that win back the minute which compiling takes
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a network runs on a device; `str()` says it in one line, with the reasons."""
+
+    device: torch.device
+    precision: str  # of autocast, in accelerate's words: "no" (fp32) or "bf16"
+    memory_format: torch.memory_format
+    compile_mode: str | None  # of torch.compile; None: not compiled
+    reasons: tuple[str, str, str]  # of these three
+
+    def __str__(self) -> str:
+        chosen = [
+            "bf16 autocast" if self.precision == "bf16" else "fp32",
+            str(self.memory_format).removeprefix("torch."),
+            f"compiled, {self.compile_mode}" if self.compile_mode else "not compiled",
+        ]
+        parts = [f"{what} ({why})" for what, why in zip(chosen, self.reasons, strict=True)]
+        return f"setup: {self.device.type}, {', '.join(parts)}"
+
+
+def choose_precision(device: torch.device, asked: str | None) -> tuple[str, str]:
+    """The precision of autocast, "no" or "bf16", and why: as asked, else bf16 on CUDA that has it.
+
+    Raises InputError for bf16 on a processor that has no instructions for it.
+    """
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()  # AVX512 wherever there is AMX
+        if asked == "bf16" and "AVX512" not in capability:
+            raise InputError(
+                f"--mixed-precision bf16: 40 to 500 times slower on this processor, which has neither AVX512 "
+                f"nor AMX but {capability}"
+            )
+    if asked:
+        return asked, "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "matrix units"
+        return "no", "this GPU has no bf16"
+    return "no", "no CUDA"
+
+
+def compiler_trouble(device: torch.device) -> str | None:
+    """Why torch.compile does not work on `device`, or None if it does: tried on a function of one line."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return "TORCH_COMPILE_DISABLE is set"
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds: no Triton, no C compiler, no Python headers, an old GPU
+        torch.compiler.reset()
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        return f"the compiler does not work here: {lines[0][:150]}"
+    return None
+
+
+def choose_setup(device: torch.device, precision: str | None, passes: int, training: bool) -> Setup:
+    """What is fastest on `device` for so many `passes` through a network. Raises as `choose_precision`.
+
+    Measured by benchmarks/speed.py; docs/speed.md has the figures.
+    """
+    precision, why_precision = choose_precision(device, precision)
+    memory_format, why_format = torch.channels_last, "the matrix units' own layout"
+    if device.type != "cuda":
+        why_format = "faster for sampling in fp32"
+        if training or precision == "bf16":
+            memory_format, why_format = torch.contiguous_format, "channels_last is not faster here"
+    compile_mode = None
+    if device.type != "cuda":
+        why_compile = "gains nothing without CUDA"
+    elif passes < COMPILE_FROM:
+        why_compile = f"pays from {COMPILE_FROM} passes, here {passes}"
+    elif trouble := compiler_trouble(device):
+        why_compile = trouble
+    else:  # CUDA graphs for sampling, where the CPU would not keep up with small batches
+        compile_mode = "default" if training else "reduce-overhead"
+        why_compile = "static shapes"
+    return Setup(device, precision, memory_format, compile_mode, (why_precision, why_format, why_compile))

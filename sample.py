@@ -3,16 +3,20 @@
 python sample.py --mode test           # images/test/0.png ..., images/test.png, images/test.json, accuracy
 python sample.py --mode new_test
 python sample.py --mode my_list.json --weights runs/reference --steps 50 --sampler ddim
+accelerate launch sample.py --mode test --num-images 50000   # several GPUs: the same pictures, shared out
 """
 
 import argparse
 import json
+import math
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torchvision.transforms.functional import to_pil_image
@@ -24,16 +28,18 @@ from dataset import (
     IMAGE_SIZE,
     ROOT,
     InputError,
+    check_condition,
     command,
     load_conditions,
     load_objects,
     multi_hot,
     number,
+    read_picture,
     to_float,
     to_uint8,
-)  # fmt: skip
+)
 from evaluator import evaluation_model
-from model import ConditionalUNet
+from model import choose_setup
 
 # `from_config` does not carry `clip_sample` to the last two: thresholding at 1 clamps x_0 just so.
 _CLAMP = {"thresholding": True, "sample_max_value": 1.0}
@@ -47,42 +53,44 @@ SAMPLERS = {
 
 @torch.no_grad()
 def generate(
-    model: ConditionalUNet,
+    model: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     noise_scheduler: DDPMScheduler,
     labels: torch.Tensor,
     seeds: list[int],
     sampler: str,
     steps: int,
     guidance_scale: float,
-    progress: bool = False,
+    guidance_interval: tuple[float, float] = (0, 1000),
+    bar: tqdm | None = None,
 ) -> torch.Tensor:
     """Samples [B, 3, 64, 64] in [-1, 1] for multi-hot labels [B, 24], on the device of `labels`.
 
     Each picture draws its noise from its own seed, so it does not depend on its neighbours in the batch.
-    `guidance_scale` w: unconditional + w (conditional - unconditional) prediction (arXiv 2207.12598); at 1
-    the unconditional one is not computed.
+    `guidance_scale` w: unconditional + w (conditional - unconditional) prediction (arXiv 2207.12598), at
+    timesteps within `guidance_interval`, bounds included (arXiv 2404.07724); outside of it and for w 1 the
+    unconditional one is not computed.
     """
+    device, count = labels.device, len(labels)
     scheduler_class, options = SAMPLERS[sampler]
     scheduler = scheduler_class.from_config(noise_scheduler.config, **options)
-    scheduler.set_timesteps(steps, device=labels.device)
-    generators = [
-        torch.Generator().manual_seed(seed) for seed in seeds
-    ]  # on CPU: the same noise on any device
-    noise_source = {"generator": generators} if sampler == "ddpm" else {}  # the others draw none
-    images = randn_tensor(
-        (len(labels), 3, IMAGE_SIZE, IMAGE_SIZE), generator=generators, device=labels.device
-    )
-    for t in tqdm(scheduler.timesteps, disable=not progress, unit="step", leave=False):
+    scheduler.set_timesteps(steps)  # kept on the CPU: a step then waits for nothing on a GPU
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same start on any device
+    images = randn_tensor((count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generators).to(device)
+    noise_source = {}  # the other samplers draw no noise on their way
+    if sampler == "ddpm":
+        noise_source["generator"] = [torch.Generator(device).manual_seed(seed + 1) for seed in seeds]
+    both = torch.cat([torch.zeros_like(labels), labels])
+    for t in scheduler.timesteps:
         inputs = scheduler.scale_model_input(images, t)
-        if guidance_scale == 1:
-            prediction = model(inputs, t.expand(len(inputs)), labels)
-        else:
-            both = torch.cat([torch.zeros_like(labels), labels])
-            unconditional, conditional = model(
-                torch.cat([inputs, inputs]), t.expand(2 * len(inputs)), both
-            ).chunk(2)  # fmt: skip
+        timesteps = torch.full((2 * count,), t.item(), device=device)
+        if guidance_scale != 1 and guidance_interval[0] <= t <= guidance_interval[1]:
+            unconditional, conditional = model(torch.cat([inputs, inputs]), timesteps, both).float().chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
+        else:
+            prediction = model(inputs, timesteps[:count], labels).float()
         images = scheduler.step(prediction, t, images, **noise_source).prev_sample
+        if bar is not None:
+            bar.update()
     return images.clamp(-1, 1)
 
 
@@ -91,15 +99,9 @@ def picture_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def save_pictures(images: torch.Tensor, folder: Path, grid: Path):
-    """Write uint8 images [N, 3, 64, 64] as `folder`/0.png ... and as one grid, 8 a row."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        if old.stem.isdigit() and int(old.stem) >= len(images):
-            old.unlink()  # of a longer list: they would pass for pictures of this one
-    for i, image in enumerate(images):
-        to_pil_image(image).save(folder / f"{i}.png")
-    to_pil_image(make_grid(images, nrow=8)).save(grid)
+def batch_size_for(device: torch.device) -> int:
+    """Pictures at a time. Guidance doubles it, and more than 32 at once are slower on a CPU."""
+    return 16 if device.type == "cpu" else 64
 
 
 def describe(folder: Path, metadata: dict) -> str:
@@ -113,7 +115,12 @@ def describe(folder: Path, metadata: dict) -> str:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--mode", required=True, help="test, new_test, validation, or a file like test.json")
+    parser.add_argument(
+        "--mode",
+        required=True,
+        help="test, new_test, validation, unseen (triples that occur nowhere in what the weights were "
+        "trained on), or a file like test.json",
+    )
     parser.add_argument(
         "--weights", type=Path, help="folder (default: the newest run, else the weights that ship)"
     )
@@ -127,70 +134,136 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--guidance-scale", type=number(float, 0, 100), help="1: no guidance (default: as above)"
     )
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
     parser.add_argument(
+        "--guidance-interval",
+        type=number(float, 0, 1000),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="timesteps from LOW (clear) to HIGH (noise) that are guided (default: as above, else 0 1000)",
+    )
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument(
         "--seeds",
         type=number(int, 1),
         default=1,
         metavar="N",
-        help="sample and score N times, "
-        "with --seed and those after it; pictures of the first are written (default: %(default)s)",
+        help="paint the list N times, with --seed and those after it (default: %(default)s)",
+    )
+    amount.add_argument(
+        "--num-images", type=number(int, 1), metavar="N", help="the same, up to N pictures altogether"
     )
     parser.add_argument(
-        "--batch-size", type=number(int, 1), default=64, help="pictures at a time (default: %(default)s)"
+        "--batch-size", type=number(int, 1), help="pictures at a time (default: 64, on a CPU 16)"
     )
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), help="default: bf16 on CUDA, else no")
     parser.add_argument(
         "--evaluator", type=Path, help="default: checkpoint.pth if it is there, else weights/evaluator.pth"
     )
     return parser.parse_args(argv)
 
 
+def load_list(
+    mode: str, unseen: list, weights: Path, objects: dict[str, int]
+) -> tuple[Path, list[list[str]]]:
+    """Label file and conditions that `mode` stands for, given those `unseen` by the weights, which have no
+    file. Raises InputError."""
+    if mode == "unseen":
+        if not unseen:
+            raise InputError(f"{weights}: does not tell which triples it has not seen; train it anew")
+        where = f"{weights}, unseen, entry"
+        return Path(mode), [check_condition(c, objects, f"{where} {i}") for i, c in enumerate(unseen)]
+    known = ROOT / f"{mode}.json"
+    path = known if known.exists() else Path(mode)
+    return path, load_conditions(path, objects)
+
+
+def score(
+    evaluator: evaluation_model, folder: Path, labels: torch.Tensor, count: int, grid: Path
+) -> list[float]:
+    """Accuracy of each whole time through the list `labels` [N, 24] in the `count` pictures of `folder`, and
+    the first of them as a grid, 8 a row.
+
+    Scored are the pictures as written, so `python evaluator.py` on the folder gives the same digits.
+    """
+    accuracies = []
+    for k in range(max(1, count // len(labels))):
+        indices = range(k * len(labels), min((k + 1) * len(labels), count))
+        images = torch.stack([read_picture(folder / f"{i}.png") for i in indices])  # [N, 3, 64, 64]
+        accuracies.append(evaluator.eval(to_float(images), labels[: len(indices)]))
+        if k == 0:
+            to_pil_image(make_grid(images, nrow=8)).save(grid)
+    return accuracies
+
+
 @command
 def main(argv: list[str] | None = None):
-    args = parse_args(argv)
-    accelerator = Accelerator()
+    args, state = parse_args(argv), PartialState()  # the devices and processes there are
     folder = args.weights or newest_weights()
     model, noise_scheduler, metadata = load_weights(folder)
-    print(describe(folder, metadata))
-    options = {"sampler": args.sampler, "steps": args.steps, "guidance_scale": args.guidance_scale}
-    options = metadata["sampling"] | {name: value for name, value in options.items() if value is not None}
+    state.print(describe(folder, metadata))
+    names = ("sampler", "steps", "guidance_scale", "guidance_interval")
+    options = metadata["sampling"] | {n: getattr(args, n) for n in names if getattr(args, n) is not None}
 
     objects = load_objects()
-    known = ROOT / f"{args.mode}.json"
-    labels_path = known if known.exists() else Path(args.mode)
-    conditions = load_conditions(labels_path, objects)
+    labels_path, conditions = load_list(args.mode, metadata.get("unseen", []), folder, objects)
     target = args.out / labels_path.stem  # folder of pictures; grid and report beside it
-    if target.with_suffix(".json").resolve() == labels_path.resolve():
+    report_path, grid_path = target.with_suffix(".json"), target.with_suffix(".png")
+    if report_path.resolve() == labels_path.resolve():
         raise InputError(f"{labels_path}: the report of this list would overwrite it; choose another --out")
     labels = multi_hot(conditions, objects)  # [N, 24]
-    seeds = [
-        picture_seed(seed, i) for seed in range(args.seed, args.seed + args.seeds) for i in range(len(labels))
-    ]
-    wanted = labels.repeat(args.seeds, 1).to(accelerator.device)  # [seeds * N, 24]
-    evaluator = evaluation_model(args.evaluator, accelerator.device)
+    # Picture i shows condition i % N, with the seed that follows for each time through the list.
+    wanted = range(args.num_images or args.seeds * len(labels))
+    size = args.batch_size or batch_size_for(state.device)
+    size = min(size, math.ceil(len(wanted) / state.num_processes))
+    batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    mine = batches[state.process_index :: state.num_processes]
+    evaluator = evaluation_model(args.evaluator, state.device)
 
-    model.to(accelerator.device).eval()
-    images = []
-    for i in range(0, len(wanted), args.batch_size):
-        batch = slice(i, i + args.batch_size)
-        images.append(generate(model, noise_scheduler, wanted[batch], seeds[batch], **options, progress=True))
-    images = to_uint8(torch.cat(images)).cpu().split(len(labels))  # for each seed [N, 3, 64, 64]
-    save_pictures(images[0], target, target.with_suffix(".png"))
-    # Scored are the 8-bit pictures as written, so `python evaluator.py` on the folder gives the same digits.
-    accuracies = [evaluator.eval(to_float(pictures), labels) for pictures in images]
-    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies) if args.seeds > 1 else None
+    passes = options["steps"] * len(mine)
+    setup = choose_setup(state.device, args.mixed_precision, passes, training=False)
+    state.print(setup)
+    accelerator = Accelerator(mixed_precision=setup.precision)
+    model = model.to(memory_format=setup.memory_format).eval()
+    model = eager_model = accelerator.prepare_model(model, evaluation_mode=True)
+    if setup.compile_mode:
+        model = torch.compile(model, mode=setup.compile_mode, dynamic=False)
+    if accelerator.is_main_process:
+        target.mkdir(parents=True, exist_ok=True)
+        for old in [report_path, grid_path, *target.glob("*.png")]:
+            if old.parent != target or old.stem.isdigit():
+                old.unlink(missing_ok=True)  # of an earlier list: they would pass for pictures of this one
+    accelerator.wait_for_everyone()
+
+    start = time.perf_counter()
+    with tqdm(total=passes, unit="step", disable=not accelerator.is_main_process, leave=False) as bar:
+        for indices in mine:
+            # Compiling once more for a smaller last batch would not pay.
+            network = model if len(indices) == size else eager_model
+            rows = [i % len(labels) for i in indices]
+            seeds = [picture_seed(args.seed + i // len(labels), i % len(labels)) for i in indices]
+            wanted_labels = labels[rows].to(accelerator.device)
+            images = generate(network, noise_scheduler, wanted_labels, seeds, **options, bar=bar)
+            for i, image in zip(indices, to_uint8(images).cpu(), strict=True):
+                to_pil_image(image).save(target / f"{i}.png")
+    accelerator.wait_for_everyone()
+    seconds = time.perf_counter() - start
+    if not accelerator.is_main_process:
+        return
+
+    accuracies = score(evaluator, target, labels, len(wanted), grid_path)
+    mean = statistics.mean(accuracies)
+    deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else None
     report = {"accuracy": mean, "standard_deviation": deviation, "accuracies": accuracies, "seed": args.seed}
-    report |= {
-        "labels": labels_path.name,
-        **options,
-        "weights": str(folder),
-        "evaluator": str(evaluator.path),
-    }
-    report |= {"model": metadata["model"], "pictures_seen": metadata["pictures_seen"]}
-    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"pictures: {target}/0.png to {len(labels) - 1}.png, grid: {target.with_suffix('.png')}")
+    report |= {"labels": labels_path.name, "num_images": len(wanted), **options, "precision": setup.precision}
+    report |= {"weights": str(folder), "model": metadata["model"], "pictures_seen": metadata["pictures_seen"]}
+    report |= {"evaluator": str(evaluator.path), "seconds": round(seconds, 2)}
+    report_path.write_text(json.dumps(report, indent=1) + "\n")
+    rate = f"{seconds:.1f} s, {len(wanted) / seconds:.2f} a second"
+    print(f"pictures: {target}/0.png to {wanted[-1]}.png ({rate}), grid: {grid_path}")
     print(f"evaluator: {evaluator.path}; {json.dumps(options)}")
-    spread = f" (mean of {args.seeds} seeds, standard deviation {deviation:.4f})" if args.seeds > 1 else ""
+    runs = len(accuracies)
+    spread = f" (mean of {runs} seeds, standard deviation {deviation:.4f})" if deviation is not None else ""
     print(f"accuracy: {mean:.4f}{spread}")
 
 

@@ -11,6 +11,7 @@ classifier-free guidance (arXiv 2207.12598).
 
 import argparse
 import copy
+import functools
 import json
 import math
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -29,17 +30,18 @@ from dataset import (
     ROOT,
     ICLEVRDataset,
     InputError,
-    check_precision,
     command,
     default_data,
     file_sha256,
     load_conditions,
+    load_labels,
     load_objects,
     multi_hot,
     number,
     to_float,
+    unseen_triples,
 )
-from model import PRESETS, build
+from model import PRESETS, Setup, build, choose_setup
 from sample import generate, picture_seed
 
 LOG_EVERY = 10  # steps
@@ -48,6 +50,12 @@ LOG_EVERY = 10  # steps
 def seed_of(*key: int) -> int:
     """One 64-bit seed from several numbers: what is drawn at a step depends on (seed, step) alone."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@functools.lru_cache(maxsize=2)  # the same for all steps of an epoch
+def epoch_order(epoch: int, size: int, seed: int) -> torch.Tensor:
+    """The order [size] of the pictures in an epoch."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(seed, epoch, 1)))
 
 
 def batch_indices(step: int, batch_size: int, size: int, seed: int) -> torch.Tensor:
@@ -59,9 +67,8 @@ def batch_indices(step: int, batch_size: int, size: int, seed: int) -> torch.Ten
     positions = torch.arange(step * batch_size, (step + 1) * batch_size)
     indices = torch.empty_like(positions)
     for epoch in torch.unique(positions // size).tolist():
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(seed, epoch, 1)))
         inside = positions // size == epoch
-        indices[inside] = order[positions[inside] % size]
+        indices[inside] = epoch_order(epoch, size, seed)[positions[inside] % size]
     return indices
 
 
@@ -91,7 +98,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     run.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
     run.add_argument("--dry-run", action="store_true", help="print what would be trained on what, and stop")
-    run.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="default: %(default)s")
+    run.add_argument("--mixed-precision", choices=("no", "bf16"), help="default: bf16 on CUDA, else no")
 
     recipe = parser.add_argument_group("recipe (defaults: the preset's)")
     recipe.add_argument("--epochs", type=number(float, 0), help="passes over the pictures")
@@ -136,13 +143,18 @@ def check_resume(folder: Path, recipe: dict, data: dict):
             )
 
 
-def announce(args: argparse.Namespace, data: ICLEVRDataset, model: torch.nn.Module, accelerator: Accelerator):
-    """Say what will be trained, and without CUDA how long that takes, measured on four pictures."""
+def announce(
+    args: argparse.Namespace,
+    data: ICLEVRDataset,
+    model: torch.nn.Module,
+    setup: Setup,
+    accelerator: Accelerator,
+):
+    """Say what will be trained and how, and without CUDA how long that takes, measured on four pictures."""
     device, millions = accelerator.device, sum(p.numel() for p in model.parameters()) / 1e6
     of_all = "" if len(data) == data.total else f"of {data.total:,} "
-    print(
-        f"{args.model}: {millions:.2f}M parameters, {args.data}: {len(data):,} {of_all}pictures, on {device}"
-    )
+    print(f"{args.model}: {millions:.2f}M parameters, {args.data}: {len(data):,} {of_all}pictures")
+    print(setup)
     print(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}))
     if device.type != "cuda":
         images, timesteps = torch.zeros(4, 3, 64, 64, device=device), torch.zeros(4, device=device)
@@ -174,14 +186,17 @@ def open_log(path: Path, step: int):
     return path.open("a", buffering=1)
 
 
-def sample_grid(path: Path, model: torch.nn.Module, noise_scheduler, metadata: dict, device):
+def sample_grid(
+    path: Path, model: torch.nn.Module, noise_scheduler, metadata: dict, accelerator: Accelerator
+):
     """Paint eight validation conditions from the same noise each time: a quick look, with few steps."""
     conditions = load_conditions(ROOT / "validation.json", objects := load_objects())[::8]
-    labels = multi_hot(conditions, objects).to(device)
+    labels = multi_hot(conditions, objects).to(accelerator.device)
     seeds = [picture_seed(0, i) for i in range(len(labels))]
     model.eval()
     scale = metadata["sampling"]["guidance_scale"]
-    images = generate(model, noise_scheduler, labels, seeds, "dpmsolver++", 15, scale)
+    with accelerator.autocast():
+        images = generate(model, noise_scheduler, labels, seeds, "dpmsolver++", 15, scale)
     model.train()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(make_grid(images / 2 + 0.5, nrow=8), path)
@@ -192,10 +207,16 @@ def sample_grid(path: Path, model: torch.nn.Module, noise_scheduler, metadata: d
 
 @command
 def main(argv: list[str] | None = None):
-    args = parse_args(argv)
-    check_precision(args.mixed_precision)
+    args, state = parse_args(argv), PartialState()  # the devices and processes there are
+    with state.main_process_first():  # the first decodes the pictures, the others read what it kept
+        data = ICLEVRDataset(args.data, args.labels, load_objects())
+    facts = {"labels_sha256": file_sha256(args.labels), "pictures": len(data), "labelled": data.total}
+    batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
+    args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / batch_size)
+    setup = choose_setup(state.device, args.mixed_precision, passes=args.max_steps, training=True)
+    args.mixed_precision = setup.precision
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision=setup.precision,
         gradient_accumulation_steps=args.grad_accum,
         log_with=args.log_with,
         project_dir=args.out,
@@ -203,22 +224,18 @@ def main(argv: list[str] | None = None):
     device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     if args.batch_size % processes:
         raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {processes} processes")
-    with accelerator.main_process_first():  # the first decodes the pictures, the others read what it kept
-        data = ICLEVRDataset(args.data, args.labels, load_objects())
-    facts = {"labels_sha256": file_sha256(args.labels), "pictures": len(data), "labelled": data.total}
-    batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
-    args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / batch_size)
 
     torch.manual_seed(args.seed)
     model, noise_scheduler = build(args.model)
-    pictures_before = 0
+    pictures_before, unseen = 0, unseen_triples(load_labels(args.labels, data.objects), data.objects)
     if args.init:
         folder = checkpoint.newest(args.init)
         checkpoint.load_state(model, folder / checkpoint.WEIGHTS_NAME)
-        pictures_before = checkpoint.load_json(folder / checkpoint.METADATA_NAME)["pictures_seen"]
-    model.to(device).train()
+        before = checkpoint.load_json(folder / checkpoint.METADATA_NAME)
+        pictures_before, unseen = before["pictures_seen"], [c for c in unseen if c in before["unseen"]]
+    model.to(device, memory_format=setup.memory_format).train()
     if is_main:
-        announce(args, data, model, accelerator)
+        announce(args, data, model, setup, accelerator)
     if args.dry_run:
         return
     ema_model = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else model
@@ -229,8 +246,10 @@ def main(argv: list[str] | None = None):
         check_resume(folder, recipe_of(args), facts)
         first_step = checkpoint.resume(folder, model, ema_model, optimizer)
         accelerator.print(f"{args.out}: goes on at step {first_step:,} of {args.max_steps:,}")
-    bare_model = model  # not wrapped for several processes
+    bare_model = model  # not wrapped for several processes, not compiled
     model, optimizer = accelerator.prepare(model, optimizer)
+    if setup.compile_mode:
+        model = torch.compile(model, mode=setup.compile_mode, dynamic=False)
     if args.log_with:
         accelerator.init_trackers("logs")
         if not accelerator.trackers:
@@ -239,7 +258,7 @@ def main(argv: list[str] | None = None):
         args.out.mkdir(parents=True, exist_ok=True)
         log = open_log(args.out / "log.jsonl", first_step)
     metadata = {"model": args.model, "recipe": recipe_of(args), "data": facts}
-    metadata["sampling"] = PRESETS[args.model]["sampling"]
+    metadata |= {"sampling": PRESETS[args.model]["sampling"], "unseen": unseen}
     images, labels = data.images.to(device), data.labels.to(device)  # uint8 [N, 3, 64, 64], float32 [N, 24]
     steps = range(first_step, args.max_steps)
     bar = tqdm(steps, initial=first_step, total=args.max_steps, disable=not is_main, unit="step")
@@ -249,7 +268,7 @@ def main(argv: list[str] | None = None):
         # All draws of a step follow from (seed, step). Every process draws the whole batch and works on its
         # share, so the number of processes changes nothing.
         torch.manual_seed(seed_of(args.seed, step))
-        batch = batch_indices(step, batch_size, len(images), args.seed)
+        batch = batch_indices(step, batch_size, len(images), args.seed).to(device, non_blocking=True)
         clean, label = to_float(images[batch]), labels[batch]  # [B, 3, 64, 64] in [-1, 1], [B, 24]
         noise = torch.randn_like(clean)
         timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (batch_size,), device=device)
@@ -261,8 +280,9 @@ def main(argv: list[str] | None = None):
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        shares = torch.arange(batch_size).chunk(args.grad_accum * processes)
-        for share in shares[accelerator.process_index :: processes]:
+        size = args.batch_size // processes
+        for start in range(accelerator.process_index * size, batch_size, args.batch_size):
+            share = slice(start, start + size)
             with accelerator.accumulate(model):
                 prediction = model(noisy[share], timesteps[share], label[share])
                 loss = F.mse_loss(prediction.float(), target[share])
@@ -289,7 +309,7 @@ def main(argv: list[str] | None = None):
                 log.write(json.dumps(entry) + "\n")
         if is_main and is_due(done, args.sample_every, args):
             sample_grid(
-                args.out / "samples" / f"{done:07d}.png", ema_model, noise_scheduler, metadata, device
+                args.out / "samples" / f"{done:07d}.png", ema_model, noise_scheduler, metadata, accelerator
             )
         if is_main and is_due(done, args.save_every, args):
             checkpoint.save(args.out, bare_model, ema_model, optimizer, noise_scheduler, metadata)

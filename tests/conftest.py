@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import pytest
 import render
 
 ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # two processes, joined by gloo
 OFFICIAL = ROOT.parent / "shared" / "official"  # the lab's label files, on the founders' machines alone
 TINY = ["--model", "small", "--batch-size", "4", "--sample-every", "0"]  # for runs of a few steps
 
@@ -34,11 +37,15 @@ def clone(tmp_path) -> Path:
 
 @pytest.fixture
 def run():
-    """Run a script as a command: run(folder, "train.py", "--max-steps", 2) -> the finished process."""
+    """Run a script as a command: run(folder, "train.py", "--max-steps", 2) -> the finished process.
 
-    def call(folder: Path, *command) -> subprocess.CompletedProcess:
+    `more` are variables of the environment.
+    """
+
+    def call(folder: Path, *command, **more) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, command)]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+        env = os.environ | more
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
 
     return call
 

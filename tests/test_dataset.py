@@ -33,6 +33,17 @@ def load(folder):
     return ICLEVRDataset(folder, folder / "labels.json", OBJECTS)
 
 
+def test_unseen_triples():
+    """In scenes of four objects each three of them count as seen."""
+    unseen = dataset.unseen_triples(LABELS, OBJECTS, count=10**6)
+    triples = {frozenset(c) for c in LABELS.values() if len(c) == 3}
+    assert len(unseen) + len(triples) == 2024 and not triples & set(map(frozenset, unseen))
+    assert dataset.unseen_triples(LABELS, OBJECTS)[0] in unseen
+    four = unseen[0] + [next(n for n in OBJECTS if n not in unseen[0])]
+    left = dataset.unseen_triples(LABELS | {"CLEVR_train_999999_3.png": four}, OBJECTS, count=10**6)
+    assert unseen[0] in unseen and not any(set(c) <= set(four) for c in left)
+
+
 def test_items(pictures):
     data = ICLEVRDataset(pictures, ROOT / "train.json", OBJECTS)
     assert len(data) == 12 and data.total == 18009 and data.filenames == NAMES

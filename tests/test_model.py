@@ -1,12 +1,16 @@
 """The network, its presets and its way to disk and back."""
 
+import shutil
+
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load_weights, write_weights
 from dataset import InputError
-from model import PRESETS, ConditionalUNet, build
+from model import PRESETS, ConditionalUNet, build, choose_setup, compiler_trouble
 
 
 def inputs(batch=2):
@@ -69,3 +73,57 @@ def test_weights_of_another_network_are_refused(tmp_path):
         InputError, match="diffusion_pytorch_model.safetensors: not the weights of this network"
     ):
         load_weights(tmp_path / "w")
+
+
+def test_the_setup_says_why():
+    cpu = torch.device("cpu")
+    training, sampling = (choose_setup(cpu, None, 10**6, training=t) for t in (True, False))
+    assert training.precision == sampling.precision == "no"
+    assert training.compile_mode is None and sampling.compile_mode is None
+    assert training.memory_format == torch.contiguous_format
+    assert sampling.memory_format == torch.channels_last
+    for setup in (training, sampling):
+        assert str(setup).startswith("setup: cpu, fp32 (") and "\n" not in str(setup)
+
+
+def test_half_precision_is_refused_where_it_is_slow(tmp_path, run):
+    argv = ["train.py", "--model", "small", "--mixed-precision", "bf16", "--out", tmp_path / "run"]
+    process = run(ROOT, *argv, "--max-steps", 1, ATEN_CPU_CAPABILITY="avx2")
+    assert process.returncode == 2
+    error = process.stderr.splitlines()[-1]
+    assert error.startswith("error: --mixed-precision bf16: 40 to 500 times slower") and "AVX2" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_compiler_is_told(run, tmp_path):
+    """No C++ compiler is to torch.compile on a CPU what no Triton is on a GPU."""
+    line = "import torch, model; print(model.compiler_trouble(torch.device('cpu')))"
+    process = run(ROOT, "-c", line, CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert process.stdout.startswith("the compiler does not work here: ") and "\n" not in process.stdout[:-1]
+    process = run(ROOT, "-c", line, TORCH_COMPILE_DISABLE="1")
+    assert process.stdout == "TORCH_COMPILE_DISABLE is set\n"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_working_compiler_is_found():
+    assert compiler_trouble(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("preset", ["small", "reference"])
+def test_the_network_compiles_into_one_graph(preset):
+    """Prepared by accelerate as train.py does it; a break in the graph would raise."""
+    blocks = build(preset)[0].config.block_out_channels
+    network = ConditionalUNet(
+        **PRESETS[preset]["network"] | {"block_out_channels": [32] * len(blocks)}
+    ).train()
+    prepared = Accelerator().prepare_model(network)
+    compiled = torch.compile(prepared, backend="aot_eager", fullgraph=True, dynamic=False)
+    images, timesteps, labels = inputs()
+    expected, got = prepared(images, timesteps, labels), compiled(images, timesteps, labels)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    gradients = []
+    for output in (expected, got):
+        network.zero_grad()
+        output.square().mean().backward()
+        gradients.append([p.grad.clone() for p in network.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)

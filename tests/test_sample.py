@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import LAUNCH, ROOT, TINY
 from PIL import Image
 
 import evaluator
@@ -100,16 +100,61 @@ def test_a_run_is_found_and_its_youth_told(clone, pictures, run, conditions):
     assert len(list((clone / "images" / "six").iterdir())) == 6
 
 
-def test_a_shorter_list_leaves_no_old_pictures(tmp_path):
-    images = torch.zeros(5, 3, 64, 64, dtype=torch.uint8)
-    sample.save_pictures(images, tmp_path / "a", tmp_path / "a.png")
-    sample.save_pictures(images[:2], tmp_path / "a", tmp_path / "a.png")
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["0.png", "1.png"]
+def test_two_processes_paint_what_one_does(tmp_path, conditions, run):
+    """Eleven pictures of a list of six, each with its own condition and seed; a shorter list leaves none."""
+    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, "--num-images"]
+    process = run(ROOT, *LAUNCH, "sample.py", *common, 11, "--batch-size", 2, "--out", tmp_path / "two")
+    assert process.returncode == 0, process.stderr[-3000:]
+    sample.main(list(map(str, [*common, 11, "--out", tmp_path / "one"])))
+    reports = [json.loads((tmp_path / name / "six.json").read_text()) for name in ("one", "two")]
+    assert len(reports[0]["accuracies"]) == 1 and reports[0]["num_images"] == 11
+    for i in range(11):
+        one, two = (
+            np.array(Image.open(tmp_path / n / "six" / f"{i}.png")).astype(int) for n in ("one", "two")
+        )
+        assert np.abs(one - two).max() <= 1
+    sample.main(list(map(str, [*common, 4, "--out", tmp_path / "one"])))
+    assert sorted(p.name for p in (tmp_path / "one" / "six").iterdir()) == [f"{i}.png" for i in range(4)]
+
+
+def test_guidance_outside_of_the_interval_is_none():
+    model, noise_scheduler, _ = load_weights(SHIPPED)
+    labels = multi_hot([["red cube"]], load_objects())
+    passes = []
+
+    def network(images, timesteps, labels):
+        passes.append((int(timesteps[0]), len(images)))
+        return model(images, timesteps, labels)
+
+    def paint(*guidance):
+        return sample.generate(network, noise_scheduler, labels, [5], "ddim", 8, *guidance)
+
+    never, none, always, whole = paint(3.0, (2, 3)), paint(1.0), paint(3.0), paint(3.0, (0, 1000))
+    assert torch.equal(never, none) and torch.equal(always, whole) and not torch.equal(none, whole)
+    passes.clear()
+    paint(3.0, (200, 700))
+    assert [count for t, count in passes] == [2 if 200 <= t <= 700 else 1 for t, _ in passes]
+    assert {count for _, count in passes} == {1, 2}
+
+
+def test_unseen_triples_come_from_the_weights(tmp_path, capsys):
+    argv = ["--mode", "unseen", "--weights", SHIPPED, "--out", tmp_path, "--steps", 2, "--num-images", 3]
+    sample.main(list(map(str, argv)))
+    assert len(list((tmp_path / "unseen").iterdir())) == 3
+    assert json.loads((tmp_path / "unseen.json").read_text())["labels"] == "unseen"
 
 
 def test_mistakes_are_one_line(tmp_path, refused):
     refused(sample.main, ["--mode", "nowhere.json"], "nowhere.json: no such file")
     refused(sample.main, ["--mode", "test", "--weights", tmp_path], "metadata.json: no such file")
+    shutil.copytree(SHIPPED, old := tmp_path / "old")
+    metadata = json.loads((old / "metadata.json").read_text())
+    for unseen, words in (
+        ([], "does not tell"),
+        ([["red cone"]], "unseen, entry 0: unknown object 'red cone'"),
+    ):
+        (old / "metadata.json").write_text(json.dumps(metadata | {"unseen": unseen}))
+        refused(sample.main, ["--mode", "unseen", "--weights", old], old, words)
     refused(sample.main, ["--mode", "train"], "train.json: expected a list of lists")
     (tmp_path / "mine.json").write_text('[["red cube"]]')
     refused(
