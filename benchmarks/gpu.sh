@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# All that only a GPU can show, in stages of at most nine minutes. A stage that ran out of time exits with 75;
+# the same command again goes on where it stopped.
+#
+#   benchmarks/gpu.sh bench         # our loops against plain ones
+#   benchmarks/gpu.sh small         # the small model to convergence on the pictures that ship, its weights out
+#   benchmarks/gpu.sh reference     # the reference recipe, 40 epochs
+#   benchmarks/gpu.sh longer        # both for longer: the reference to 150 epochs
+#   benchmarks/gpu.sh all           # one after the other, each until it is done
+#   DRY_RUN=1 benchmarks/gpu.sh all # every stage on a CPU, a few steps each, in under three minutes
+#
+# A stage's results (JSON, grids, curves, weights in half precision) lie in $WORK/results/STAGE and leave as
+# $OUT/STAGE.tar.*, pieces of 15 MiB: cat STAGE.tar.* | tar x. Checkpoints stay in $WORK, which should be a
+# local disk. Needs no network: where diffusers is missing, it is installed from the wheels in $WHEELS.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+WORK=${WORK:-/tmp/iclevr-ddpm}
+OUT=${OUT:-runs/gpu}
+WHEELS=${WHEELS:-.whl}
+LIMIT=${LIMIT:-500} # seconds that a stage may train
+python=${PYTHON:-python3}
+mkdir -p "$WORK/results" "$OUT"
+export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$WORK/compiled
+export PYTHONPATH=$WORK/site${PYTHONPATH:+:$PYTHONPATH}
+if ! $python -c 'import diffusers' 2>/dev/null; then
+    $python -m pip install -q --no-index --no-deps --no-compile --target "$WORK/site" "$WHEELS"/*.whl
+fi
+
+bench=(--models reference small)
+small=(--batch-size 128 --learning-rate 1e-3 --max-steps 30000)
+small_longer=(--batch-size 128 --learning-rate 5e-4 --max-steps 60000)
+reference_model=reference reference=(--epochs 40) reference_longer=(--epochs 150)
+every=2500 few=(--seeds 10 --steps 20 --sampler dpmsolver++) all_steps=(--seeds 2) seeds=(--seeds 10)
+if [ -n "${DRY_RUN:-}" ]; then
+    bench=(--models small --pairs 1 --block 1 --batch-size 4 --sample-steps 2)
+    small=(--batch-size 4 --max-steps 2) small_longer=(--batch-size 4 --max-steps 1)
+    reference_model=tiny-mixed
+    reference=(--batch-size 4 --max-steps 2) reference_longer=(--batch-size 4 --max-steps 3)
+    every=100 few=(--num-images 2 --steps 2 --sampler dpmsolver++)
+    all_steps=(--num-images 1 --steps 3) seeds=(--num-images 2 --steps 2)
+fi
+
+# train NAME SECONDS ARGS...: into $WORK/NAME for so long; exits with 75 if that was not enough.
+train() {
+    local name=$1 seconds=$2 code=0
+    shift 2
+    timeout "$seconds" "$python" train.py --out "$WORK/$name" --save-every $every --sample-every 5000 "$@" \
+        2>"$WORK/$name.err" | tee "$results/$name.txt" || code=$?
+    tr '\r' '\n' <"$WORK/$name.err" | tail -n 3
+    if [ -s "$WORK/$name/log.jsonl" ]; then
+        cp "$WORK/$name/log.jsonl" "$results/$name.jsonl"
+        $python benchmarks/curve.py "$WORK/$name/log.jsonl" --out "$results/$name.png"
+    fi
+    local grids=("$WORK/$name/samples/"*.png)
+    [ ! -e "${grids[-1]}" ] || cp "${grids[-1]}" "$results/$name-samples.png"
+    [ $code != 124 ] || exit 75
+    return $code
+}
+
+# score NAME LABEL MODE ARGS...: unless it was scored before
+score() {
+    local name=$1 out=$results/$2 mode=$3
+    shift 3
+    [ ! -e "$out/$mode.json" ] || return 0
+    $python sample.py --weights "$WORK/$name" --mode "$mode" --out "$out" "$@" 2>"$WORK/sample.err" ||
+        { tail -n 20 "$WORK/sample.err" && return 1; }
+    rm -r "${out:?}/$mode" # the grid stays
+}
+
+stage_bench() {
+    $python benchmarks/speed.py "${bench[@]}" --json "$results/speed.json" 2>"$WORK/bench.err" |
+        tee "$results/speed.md"
+}
+
+# score_small NAME
+score_small() {
+    for mode in test new_test unseen; do score "$1" "$1" $mode "${seeds[@]}"; done
+    $python checkpoint.py "$WORK/$1" "$results/$1/weights"
+}
+
+stage_small() {
+    train small "$LIMIT" --model small "${small[@]}"
+    score_small small
+}
+
+score_reference() {
+    for mode in test new_test unseen; do score reference "few-$1" $mode "${few[@]}"; done
+    for mode in test new_test; do score reference "all-$1" $mode "${all_steps[@]}"; done
+}
+
+stage_reference() {
+    train reference "$((LIMIT - 60))" --model $reference_model "${reference[@]}"
+    score_reference 40
+}
+
+stage_longer() {
+    train small-longer "$((LIMIT / 2))" --model small --init "$WORK/small" "${small_longer[@]}"
+    score_small small-longer
+    train reference "$((LIMIT / 2 - 60))" --model $reference_model "${reference_longer[@]}"
+    score_reference 150
+}
+
+pack() {
+    local code=$?
+    tar c -C "$WORK/results" "$stage" | split -b 15M - "$OUT/$stage.tar."
+    echo "stage $stage: exit code $code after $SECONDS s"
+}
+
+stage=${1:?a stage: bench, small, reference, longer or all}
+if [ "$stage" = all ]; then
+    for each in bench small reference longer; do
+        code=75
+        while [ $code = 75 ]; do code=0; benchmarks/gpu.sh $each || code=$?; done
+        [ $code = 0 ] || exit $code
+    done
+else
+    results=$WORK/results/$stage
+    mkdir -p "$results"
+    trap pack EXIT
+    "stage_$stage"
+fi

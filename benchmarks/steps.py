@@ -1,0 +1,82 @@
+"""Accuracy against sampling steps: a table in Markdown and a figure.
+
+    python benchmarks/steps.py --out docs/steps     # docs/steps.json, docs/steps.png; half an hour on 2 cores
+
+On validation.json, so that a sampler may be chosen by it. What docs/steps.json holds already is not sampled
+again.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sample
+from checkpoint import SHIPPED
+from dataset import file_sha256
+
+FAST = [
+    (sampler, steps, 3) for sampler in ("ddim", "dpmsolver++", "unipc") for steps in (5, 10, 15, 20, 30, 50)
+]
+RUNS = [*FAST, ("ddpm", 100, 1), ("ddpm", 1000, 1)]  # sampler, steps, seeds
+
+
+def table(results: dict[str, dict]) -> str:
+    """Rows of steps, columns of samplers, mean and standard deviation over the seeds."""
+    cells = {}
+    for result in results.values():
+        mean, values = result["accuracy"], result["accuracies"]
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        cells[result["sampler"], result["steps"]] = f"{mean:.3f}{spread}"
+    samplers = list(dict.fromkeys(sampler for sampler, _ in cells))
+    lines = [f"| steps | {' | '.join(samplers)} |", "|---" * (len(samplers) + 1) + "|"]
+    for steps in sorted({steps for _, steps in cells}):
+        lines.append(f"| {steps} | {' | '.join(cells.get((s, steps), '') for s in samplers)} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict], path: Path):
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for sampler in dict.fromkeys(r["sampler"] for r in results.values()):
+        rows = [r for r in results.values() if r["sampler"] == sampler]
+        deviations = [r["standard_deviation"] or 0 for r in rows]
+        x, y = [r["steps"] for r in rows], [r["accuracy"] for r in rows]
+        axes.errorbar(x, y, deviations, marker="o", capsize=3, label=sampler)
+    axes.set(xlabel="steps", ylabel="accuracy on validation.json", xscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--weights", type=Path, default=SHIPPED, help="default: those that ship")
+    parser.add_argument("--out", type=Path, required=True, help="path of the results, less .json and .png")
+    args = parser.parse_args()
+    path = args.out.with_suffix(".json")
+    weights = file_sha256(args.weights / "unet" / "diffusion_pytorch_model.safetensors")
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    results = stored["results"] if stored.get("weights_sha256") == weights else {}
+    for sampler, steps, seeds in RUNS:
+        if (key := f"{sampler} {steps}") in results:
+            continue
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+            argv = ["--mode", "validation", "--weights", args.weights, "--out", folder, "--sampler", sampler]
+            sample.main([str(a) for a in [*argv, "--steps", steps, "--seeds", seeds]])
+            results[key] = json.loads(Path(folder, "validation.json").read_text())
+        path.write_text(json.dumps({"weights_sha256": weights, "results": results}, indent=1) + "\n")
+    draw(results, args.out.with_suffix(".png"))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
