@@ -207,7 +207,7 @@ def flop_per_picture(preset: str, backward: bool) -> float:
 def time_training(preset: str, args: argparse.Namespace, data: ICLEVRDataset, device: torch.device) -> dict:
     """Pictures a second, in `pairs` turns each, of train.py's loop, the plain loop and the bare step."""
     batch_size = args.batch_size or PRESETS[preset]["training"]["batch_size"]
-    block = args.block or (20 if device.type == "cuda" else max(1, 90 // batch_size))
+    block = args.block or (20 if device.type == "cuda" else max(1, 48 // batch_size))
     setup = choose_setup(device, args.mixed_precision, passes=STEPS, training=True)
     clean, label = (t[:batch_size].to(device) for t in (to_float(data.images[:batch_size]), data.labels))
     with tempfile.TemporaryDirectory() as folder:
