@@ -39,7 +39,7 @@ from dataset import (
     to_uint8,
 )
 from evaluator import evaluation_model
-from model import choose_setup
+from model import ConditionalUNet, Setup, choose_setup
 
 # `from_config` does not carry `clip_sample` to the last two: thresholding at 1 clamps x_0 just so.
 _CLAMP = {"thresholding": True, "sample_max_value": 1.0}
@@ -49,6 +49,15 @@ SAMPLERS = {
     "dpmsolver++": (DPMSolverMultistepScheduler, _CLAMP | {"lambda_min_clipped": -5.1}),  # arXiv 2211.01095
     "unipc": (UniPCMultistepScheduler, _CLAMP),  # arXiv 2302.04867
 }
+
+
+def prepare(model: ConditionalUNet, setup: Setup) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The network on its device to sample with, plain and compiled; twice the same if not to be compiled."""
+    model = model.to(memory_format=setup.memory_format).eval()
+    model = Accelerator(mixed_precision=setup.precision).prepare_model(model, evaluation_mode=True)
+    if not setup.compile_mode:
+        return model, model
+    return model, torch.compile(model, mode=setup.compile_mode, dynamic=False)
 
 
 @torch.no_grad()
@@ -223,32 +232,28 @@ def main(argv: list[str] | None = None):
     passes = options["steps"] * len(mine)
     setup = choose_setup(state.device, args.mixed_precision, passes, training=False)
     state.print(setup)
-    accelerator = Accelerator(mixed_precision=setup.precision)
-    model = model.to(memory_format=setup.memory_format).eval()
-    model = eager_model = accelerator.prepare_model(model, evaluation_mode=True)
-    if setup.compile_mode:
-        model = torch.compile(model, mode=setup.compile_mode, dynamic=False)
-    if accelerator.is_main_process:
+    eager_model, compiled_model = prepare(model, setup)
+    if state.is_main_process:
         target.mkdir(parents=True, exist_ok=True)
         for old in [report_path, grid_path, *target.glob("*.png")]:
             if old.parent != target or old.stem.isdigit():
                 old.unlink(missing_ok=True)  # of an earlier list: they would pass for pictures of this one
-    accelerator.wait_for_everyone()
+    state.wait_for_everyone()
 
     start = time.perf_counter()
-    with tqdm(total=passes, unit="step", disable=not accelerator.is_main_process, leave=False) as bar:
+    with tqdm(total=passes, unit="step", disable=not state.is_main_process, leave=False) as bar:
         for indices in mine:
             # Compiling once more for a smaller last batch would not pay.
-            network = model if len(indices) == size else eager_model
+            network = compiled_model if len(indices) == size else eager_model
             rows = [i % len(labels) for i in indices]
             seeds = [picture_seed(args.seed + i // len(labels), i % len(labels)) for i in indices]
-            wanted_labels = labels[rows].to(accelerator.device)
+            wanted_labels = labels[rows].to(state.device)
             images = generate(network, noise_scheduler, wanted_labels, seeds, **options, bar=bar)
             for i, image in zip(indices, to_uint8(images).cpu(), strict=True):
                 to_pil_image(image).save(target / f"{i}.png")
-    accelerator.wait_for_everyone()
+    state.wait_for_everyone()
     seconds = time.perf_counter() - start
-    if not accelerator.is_main_process:
+    if not state.is_main_process:
         return
 
     accuracies = score(evaluator, target, labels, len(wanted), grid_path)

@@ -14,7 +14,7 @@
 # local disk. Needs no network: where diffusers is missing, it is installed from the wheels in $WHEELS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-WORK=${WORK:-/tmp/iclevr-ddpm}
+WORK=${WORK:-${TMPDIR:-/tmp}/iclevr-ddpm}
 OUT=${OUT:-runs/gpu}
 WHEELS=${WHEELS:-.whl}
 LIMIT=${LIMIT:-500} # seconds that a stage may train

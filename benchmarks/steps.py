@@ -8,7 +8,6 @@ again.
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -21,8 +20,9 @@ from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
-from checkpoint import SHIPPED
+from checkpoint import SHIPPED, WEIGHTS_NAME
 from dataset import file_sha256
+from evaluator import default_weights
 
 FAST = [
     (sampler, steps, 3) for sampler in ("ddim", "dpmsolver++", "unipc") for steps in (5, 10, 15, 20, 30, 50)
@@ -34,8 +34,8 @@ def table(results: dict[str, dict]) -> str:
     """Rows of steps, columns of samplers, mean and standard deviation over the seeds."""
     cells = {}
     for result in results.values():
-        mean, values = result["accuracy"], result["accuracies"]
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        mean, deviation = result["accuracy"], result["standard_deviation"]
+        spread = f" ± {deviation:.3f}" if deviation is not None else ""
         cells[result["sampler"], result["steps"]] = f"{mean:.3f}{spread}"
     samplers = list(dict.fromkeys(sampler for sampler, _ in cells))
     lines = [f"| steps | {' | '.join(samplers)} |", "|---" * (len(samplers) + 1) + "|"]
@@ -63,17 +63,19 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="path of the results, less .json and .png")
     args = parser.parse_args()
     path = args.out.with_suffix(".json")
-    weights = file_sha256(args.weights / "unet" / "diffusion_pytorch_model.safetensors")
+    files = {"weights": args.weights / WEIGHTS_NAME, "evaluator": default_weights()}
+    judged = {f"{name}_sha256": file_sha256(file) for name, file in files.items()}
     stored = json.loads(path.read_text()) if path.exists() else {}
-    results = stored["results"] if stored.get("weights_sha256") == weights else {}
+    results = stored["results"] if judged.items() <= stored.items() else {}
     for sampler, steps, seeds in RUNS:
         if (key := f"{sampler} {steps}") in results:
             continue
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
             argv = ["--mode", "validation", "--weights", args.weights, "--out", folder, "--sampler", sampler]
             sample.main([str(a) for a in [*argv, "--steps", steps, "--seeds", seeds]])
-            results[key] = json.loads(Path(folder, "validation.json").read_text())
-        path.write_text(json.dumps({"weights_sha256": weights, "results": results}, indent=1) + "\n")
+            report = json.loads(Path(folder, "validation.json").read_text())
+        results[key] = {k: v for k, v in report.items() if k not in files}  # paths of this machine
+        path.write_text(json.dumps(judged | {"results": results}, indent=1) + "\n")
     draw(results, args.out.with_suffix(".png"))
     print(table(results))
 
