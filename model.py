@@ -30,11 +30,13 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
         attention_head_dim: int = 8,
         dropout: float = 0.0,
         patch_size: int = 1,
+        resnet_time_scale_shift: str = "default",
+        coordinates: bool = False,
     ):
         super().__init__()
         self.unet = UNet2DModel(
             sample_size=IMAGE_SIZE // patch_size,
-            in_channels=3 * patch_size**2,
+            in_channels=3 * patch_size**2 + 2 * coordinates,
             out_channels=3 * patch_size**2,
             layers_per_block=layers_per_block,
             block_out_channels=block_out_channels,
@@ -42,6 +44,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
             up_block_types=up_block_types,
             attention_head_dim=attention_head_dim,
             dropout=dropout,
+            resnet_time_scale_shift=resnet_time_scale_shift,
             class_embed_type="identity",  # the label arrives embedded
         )
         self.class_embedding = nn.Linear(NUM_OBJECTS, 4 * block_out_channels[0])
@@ -52,6 +55,9 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
         `labels` are multi-hot [B, 24]; all zeros is the unconditional label of classifier-free guidance.
         """
         patches = F.pixel_unshuffle(images, self.config.patch_size)
+        if self.config.coordinates:  # where in the picture (CoordConv, arXiv 1807.03247)
+            ramp = torch.linspace(-1, 1, patches.shape[-1], device=images.device).expand(len(images), 1, *patches.shape[-2:])
+            patches = torch.cat([patches, ramp, ramp.mT], dim=1)
         prediction = self.unet(patches, timesteps, class_labels=self.class_embedding(labels)).sample
         return F.pixel_shuffle(prediction, self.config.patch_size)
 
@@ -61,7 +67,8 @@ _COSINE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "t
 _REPORT = {  # the recipe of the report that this project starts from
     "scheduler": _COSINE,
     "training": {"batch_size": 32, "learning_rate": 1e-4, "lr_schedule": "constant", "warmup_steps": 0,
-                 "epochs": 40, "ema_decay": 0.0, "label_dropout": 0.0},
+                 "epochs": 40, "ema_decay": 0.0, "label_dropout": 0.0,
+                 "snr_gamma": 0.0, "timestep_sampling": "uniform"},
     "sampling": {"sampler": "ddpm", "steps": 1000, "guidance_scale": 1.0},
 }  # fmt: skip
 
@@ -89,7 +96,8 @@ PRESETS: dict[str, dict] = {
         },
         "scheduler": _COSINE | {"prediction_type": "v_prediction"},
         "training": {"batch_size": 16, "learning_rate": 7e-4, "lr_schedule": "linear", "warmup_steps": 200,
-                     "epochs": 40, "ema_decay": 0.999, "label_dropout": 0.1},
+                     "epochs": 40, "ema_decay": 0.999, "label_dropout": 0.1,
+                     "snr_gamma": 0.0, "timestep_sampling": "uniform"},
         "sampling": {"sampler": "dpmsolver++", "steps": 15, "guidance_scale": 4.0},
     },
 }  # fmt: skip

@@ -110,6 +110,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     recipe.add_argument("--warmup-steps", type=number(int, 0), help="linear warm-up of the learning rate")
     recipe.add_argument("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: none")
     recipe.add_argument("--label-dropout", type=number(float, 0, 1), help="share trained without label")
+    recipe.add_argument("--snr-gamma", type=number(float, 0), help="min-SNR weights; 0: none")
+    recipe.add_argument("--timestep-sampling", choices=("uniform", "stratified", "logit-normal"))
 
     output = parser.add_argument_group("output (default: every 1000 steps)")
     output.add_argument("--save-every", type=number(int, 1), default=1000, help="steps")
@@ -272,6 +274,11 @@ def main(argv: list[str] | None = None):
         clean, label = to_float(images[batch]), labels[batch]  # [B, 3, 64, 64] in [-1, 1], [B, 24]
         noise = torch.randn_like(clean)
         timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (batch_size,), device=device)
+        if args.timestep_sampling == "stratified":  # arXiv 2107.00630, appendix I.1
+            u = (torch.rand(1, device=device) + torch.arange(batch_size, device=device) / batch_size) % 1
+            timesteps = (1000 * u).long()
+        elif args.timestep_sampling == "logit-normal":  # arXiv 2403.03206
+            timesteps = (1000 * torch.randn(batch_size, device=device).sigmoid()).long()
         label = label * (torch.rand(batch_size, 1, device=device) >= args.label_dropout)  # zeros: none
         noisy = noise_scheduler.add_noise(clean, noise, timesteps)
         target = noise
@@ -285,7 +292,13 @@ def main(argv: list[str] | None = None):
             share = slice(start, start + size)
             with accelerator.accumulate(model):
                 prediction = model(noisy[share], timesteps[share], label[share])
-                loss = F.mse_loss(prediction.float(), target[share])
+                loss = F.mse_loss(prediction.float(), target[share], reduction="none").mean((1, 2, 3))
+                if args.snr_gamma:  # min-SNR (arXiv 2303.09556)
+                    alpha = noise_scheduler.alphas_cumprod.to(device)[timesteps[share]]
+                    snr = alpha / (1 - alpha)
+                    of_v = noise_scheduler.config.prediction_type == "v_prediction"
+                    loss = loss * snr.clamp(max=args.snr_gamma) / (snr + of_v)
+                loss = loss.mean()
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
