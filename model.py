@@ -56,7 +56,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
         """
         patches = F.pixel_unshuffle(images, self.config.patch_size)
         if self.config.coordinates:  # where in the picture (CoordConv, arXiv 1807.03247)
-            ramp = torch.linspace(-1, 1, patches.shape[-1], device=images.device).expand(len(images), 1, *patches.shape[-2:])
+            ramp = torch.linspace(-1, 1, patches.shape[-1], device=images.device)
+            ramp = ramp.expand(len(images), 1, *patches.shape[-2:])
             patches = torch.cat([patches, ramp, ramp.mT], dim=1)
         prediction = self.unet(patches, timesteps, class_labels=self.class_embedding(labels)).sample
         return F.pixel_shuffle(prediction, self.config.patch_size)
@@ -68,7 +69,7 @@ _REPORT = {  # the recipe of the report that this project starts from
     "scheduler": _COSINE,
     "training": {"batch_size": 32, "learning_rate": 1e-4, "lr_schedule": "constant", "warmup_steps": 0,
                  "epochs": 40, "ema_decay": 0.0, "label_dropout": 0.0,
-                 "snr_gamma": 0.0, "timestep_sampling": "uniform"},
+                 "snr_gamma": 0.0, "timestep_sampling": "uniform", "optimizer": "adamw"},
     "sampling": {"sampler": "ddpm", "steps": 1000, "guidance_scale": 1.0},
 }  # fmt: skip
 
@@ -97,7 +98,7 @@ PRESETS: dict[str, dict] = {
         "scheduler": _COSINE | {"prediction_type": "v_prediction"},
         "training": {"batch_size": 16, "learning_rate": 7e-4, "lr_schedule": "linear", "warmup_steps": 200,
                      "epochs": 40, "ema_decay": 0.999, "label_dropout": 0.1,
-                     "snr_gamma": 0.0, "timestep_sampling": "uniform"},
+                     "snr_gamma": 0.0, "timestep_sampling": "uniform", "optimizer": "adamw"},
         "sampling": {"sampler": "dpmsolver++", "steps": 15, "guidance_scale": 4.0},
     },
 }  # fmt: skip

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from torch.nn import functional as F
+from torch.optim._muon import _zeropower_via_newtonschulz
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
@@ -45,6 +46,24 @@ from model import PRESETS, Setup, build, choose_setup
 from sample import generate, picture_seed
 
 LOG_EVERY = 10  # steps
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW; for groups with `muon` momentum made orthogonal (torch.optim.Muon knows matrices only)."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"] if group.get("muon") else []:
+                gradient, p.grad = p.grad.flatten(1), None
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(gradient))
+                momentum.lerp_(gradient, 0.05)
+                update = _zeropower_via_newtonschulz(
+                    gradient.lerp(momentum, 0.95), (3.4445, -4.775, 2.0315), 5, 1e-7
+                )
+                rate = group["lr"] * 0.2 * max(update.shape) ** 0.5  # as large as AdamW's steps
+                p.add_(update.view_as(p), alpha=-rate)
+        super().step()
 
 
 def seed_of(*key: int) -> int:
@@ -111,6 +130,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     recipe.add_argument("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: none")
     recipe.add_argument("--label-dropout", type=number(float, 0, 1), help="share trained without label")
     recipe.add_argument("--snr-gamma", type=number(float, 0), help="min-SNR weights; 0: none")
+    recipe.add_argument("--optimizer", choices=("adamw", "muon"))
     recipe.add_argument("--timestep-sampling", choices=("uniform", "stratified", "logit-normal"))
 
     output = parser.add_argument_group("output (default: every 1000 steps)")
@@ -241,7 +261,13 @@ def main(argv: list[str] | None = None):
     if args.dry_run:
         return
     ema_model = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=True)
+    if args.optimizer == "muon":
+        inner = ("down_blocks", "mid_block", "up_blocks")
+        muon = [p for n, p in model.named_parameters() if p.ndim > 1 and n.split(".")[1] in inner]
+        rest = [p for n, p in model.named_parameters() if p.ndim == 1 or n.split(".")[1] not in inner]
+        optimizer = Muon([{"params": muon, "muon": True}, {"params": rest}], lr=args.learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=True)
     first_step = 0
     if checkpoint.checkpoints(args.out):
         folder = checkpoint.newest(args.out)

@@ -39,6 +39,8 @@ ROWS = {
     "learning rate 2e-3": {"training": {"learning_rate": 2e-3}},
     "learning rate constant": {"training": {"lr_schedule": "constant"}},
     "label dropout 0.2": {"training": {"label_dropout": 0.2}},
+    "Muon": {"training": {"optimizer": "muon"}},
+    "Muon, learning rate 2e-3": {"training": {"optimizer": "muon", "learning_rate": 2e-3}},
     "1 layer a block": {"network": {"layers_per_block": 1}},
     "channels 48, 96, 160": {"network": {"block_out_channels": (48, 96, 160)}},
     "channels 96, 128, 192": {"network": {"block_out_channels": (96, 128, 192)}},
@@ -62,7 +64,9 @@ def seconds_per_step() -> float:
     for _ in range(WARMUP + TIMED):
         start = time.process_time()
         with torch.autocast("cpu", torch.bfloat16):
-            prediction = model(torch.randn(size, 3, 64, 64), torch.zeros(size), torch.zeros(size, NUM_OBJECTS))
+            prediction = model(
+                torch.randn(size, 3, 64, 64), torch.zeros(size), torch.zeros(size, NUM_OBJECTS)
+            )
         prediction.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -78,14 +82,14 @@ def run(name: str, minutes: float, out: Path):
     steps = int(60 * minutes / seconds_per_step())
     folder = out / name.replace(" ", "-").replace(",", "")
     print(f"{name}: {steps} steps", flush=True)
-    train.main(["--model", "small", "--out", str(folder), "--mixed-precision", "bf16", "--max-steps", str(steps),
-                "--sample-every", "0", "--seed", str(change.get("seed", 0))])  # fmt: skip
+    train.main(["--model", "small", "--out", str(folder), "--max-steps", str(steps),
+                "--mixed-precision", "bf16", "--sample-every", "0", "--seed", str(change.get("seed", 0))])  # fmt: skip
     size = PRESETS["small"]["training"]["batch_size"]
     row = {"row": name, "steps": steps, "pictures": steps * size, "validation": {}}
     for scale in GUIDANCE_SCALES:
         images = folder / f"guidance-{scale:g}"
-        sample.main(["--mode", "validation", "--weights", str(folder), "--out", str(images), "--mixed-precision",
-                     "bf16", "--seeds", str(SEEDS), "--guidance-scale", str(scale)])  # fmt: skip
+        sample.main(["--mode", "validation", "--weights", str(folder), "--out", str(images),
+                     "--mixed-precision", "bf16", "--seeds", str(SEEDS), "--guidance-scale", str(scale)])  # fmt: skip
         row["validation"][str(scale)] = json.loads((images / "validation.json").read_text())["accuracies"]
     folder.with_suffix(".json").write_text(json.dumps(row) + "\n")
 
