@@ -82,14 +82,16 @@ def run(name: str, minutes: float, out: Path):
     steps = int(60 * minutes / seconds_per_step())
     folder = out / name.replace(" ", "-").replace(",", "")
     print(f"{name}: {steps} steps", flush=True)
-    train.main(["--model", "small", "--out", str(folder), "--max-steps", str(steps),
-                "--mixed-precision", "bf16", "--sample-every", "0", "--seed", str(change.get("seed", 0))])  # fmt: skip
+    common = ["--out", str(folder), "--mixed-precision", "bf16"]
+    seed = str(change.get("seed", 0))
+    train.main(["--model", "small", *common, "--max-steps", str(steps), "--sample-every", "0", "--seed", seed])
     size = PRESETS["small"]["training"]["batch_size"]
     row = {"row": name, "steps": steps, "pictures": steps * size, "validation": {}}
     for scale in GUIDANCE_SCALES:
         images = folder / f"guidance-{scale:g}"
-        sample.main(["--mode", "validation", "--weights", str(folder), "--out", str(images),
-                     "--mixed-precision", "bf16", "--seeds", str(SEEDS), "--guidance-scale", str(scale)])  # fmt: skip
+        common = ["--weights", str(folder), "--out", str(images), "--mixed-precision", "bf16"]
+        options = ["--seeds", str(SEEDS), "--guidance-scale", str(scale)]
+        sample.main(["--mode", "validation", *common, *options])
         row["validation"][str(scale)] = json.loads((images / "validation.json").read_text())["accuracies"]
     folder.with_suffix(".json").write_text(json.dumps(row) + "\n")
 
