@@ -107,6 +107,11 @@ class evaluation_model:  # noqa: N801 - the lab's name, which its users' code im
             hits += int(label[scores.topk(k).indices].sum())
         return hits / int(onehot_labels.sum())
 
+    def exact_set(self, out: torch.Tensor, onehot_labels: torch.Tensor) -> float:
+        """Share of pictures with outputs [B, 24] above the threshold for just their labels [B, 24], and no
+        other object: what `compute_acc` is blind to counts here."""
+        return ((out > self.threshold) == onehot_labels.bool()).all(1).float().mean().item()
+
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
         """Probability [B, 24], on the CPU, of each object in float images [B, 3, 64, 64] in [-1, 1].
@@ -131,8 +136,8 @@ class evaluation_model:  # noqa: N801 - the lab's name, which its users' code im
 
 def score_folder(
     evaluator: evaluation_model, folder: Path, labels_path: Path, objects: dict[str, int]
-) -> float:
-    """Accuracy of PNGs in `folder`: `0.png` ... for a list like test.json, else the named files."""
+) -> tuple[float, float]:
+    """Accuracy and exact set of a folder: `0.png` ... for a list like test.json, else the named files."""
     if isinstance(load_json(labels_path), dict):
         labels = load_labels(labels_path, objects)
         filenames, conditions = list(labels), list(labels.values())
@@ -140,7 +145,8 @@ def score_folder(
         conditions = load_conditions(labels_path, objects)
         filenames = [f"{i}.png" for i in range(len(conditions))]
     images = torch.stack([read_picture(folder / name) for name in filenames])
-    return evaluator.eval(to_float(images), multi_hot(conditions, objects))
+    found, labels = evaluator.probabilities(to_float(images)), multi_hot(conditions, objects)
+    return evaluator.compute_acc(found, labels), evaluator.exact_set(found, labels)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -277,7 +283,8 @@ def main(argv: list[str] | None = None):
     labels_path = args.labels or labels_of(folder, ROOT / f"{folder.resolve().name}.json")
     evaluator = evaluation_model(args.weights)
     print(f"evaluator: {evaluator.path}, labels: {labels_path}")
-    print(f"accuracy: {score_folder(evaluator, folder, labels_path, objects):.4f}")
+    accuracy, exact = score_folder(evaluator, folder, labels_path, objects)
+    print(f"accuracy: {accuracy:.4f}, exact set: {exact:.4f}")
 
 
 if __name__ == "__main__":

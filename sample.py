@@ -41,14 +41,17 @@ from dataset import (
 from evaluator import evaluation_model
 from model import ConditionalUNet, Setup, choose_setup
 
-# `from_config` does not carry `clip_sample` to the last two: thresholding at 1 clamps x_0 just so.
+# `from_config` does not carry `clip_sample` to the others: thresholding at 1 clamps x_0 just so.
 _CLAMP = {"thresholding": True, "sample_max_value": 1.0}
+_DPM = _CLAMP | {"lambda_min_clipped": -5.1}
 SAMPLERS = {
     "ddpm": (DDPMScheduler, {}),  # arXiv 2006.11239
     "ddim": (DDIMScheduler, {}),  # arXiv 2010.02502, eta 0
-    "dpmsolver++": (DPMSolverMultistepScheduler, _CLAMP | {"lambda_min_clipped": -5.1}),  # arXiv 2211.01095
+    "dpmsolver++": (DPMSolverMultistepScheduler, _DPM),  # arXiv 2211.01095
+    "sde-dpmsolver++": (DPMSolverMultistepScheduler, _DPM | {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": (UniPCMultistepScheduler, _CLAMP),  # arXiv 2302.04867
 }
+STOCHASTIC = ("ddpm", "sde-dpmsolver++")  # these draw noise on their way; from their mistakes they recover
 
 
 def prepare(model: ConditionalUNet, setup: Setup) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -85,8 +88,8 @@ def generate(
     scheduler.set_timesteps(steps)  # kept on the CPU: a step then waits for nothing on a GPU
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same start on any device
     images = randn_tensor((count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generators).to(device)
-    noise_source = {}  # the other samplers draw no noise on their way
-    if sampler == "ddpm":
+    noise_source = {}
+    if sampler in STOCHASTIC:
         noise_source["generator"] = [torch.Generator(device).manual_seed(seed + 1) for seed in seeds]
     both = torch.cat([torch.zeros_like(labels), labels])
     for t in scheduler.timesteps:
@@ -189,20 +192,22 @@ def load_list(
 
 def score(
     evaluator: evaluation_model, folder: Path, labels: torch.Tensor, count: int, grid: Path
-) -> list[float]:
-    """Accuracy of each whole time through the list `labels` [N, 24] in the `count` pictures of `folder`, and
-    the first of them as a grid, 8 a row.
+) -> tuple[list[float], list[float]]:
+    """Accuracy and exact set of each whole time through the list `labels` [N, 24] in the `count` pictures of
+    `folder`, and the first of them as a grid, 8 a row.
 
     Scored are the pictures as written, so `python evaluator.py` on the folder gives the same digits.
     """
-    accuracies = []
+    accuracies, exact_sets = [], []
     for k in range(max(1, count // len(labels))):
         indices = range(k * len(labels), min((k + 1) * len(labels), count))
         images = torch.stack([read_picture(folder / f"{i}.png") for i in indices])  # [N, 3, 64, 64]
-        accuracies.append(evaluator.eval(to_float(images), labels[: len(indices)]))
+        found = evaluator.probabilities(to_float(images))
+        accuracies.append(evaluator.compute_acc(found, labels[: len(indices)]))
+        exact_sets.append(evaluator.exact_set(found, labels[: len(indices)]))
         if k == 0:
             to_pil_image(make_grid(images, nrow=8)).save(grid)
-    return accuracies
+    return accuracies, exact_sets
 
 
 @command
@@ -256,10 +261,11 @@ def main(argv: list[str] | None = None):
     if not state.is_main_process:
         return
 
-    accuracies = score(evaluator, target, labels, len(wanted), grid_path)
+    accuracies, exact_sets = score(evaluator, target, labels, len(wanted), grid_path)
     mean = statistics.mean(accuracies)
     deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else None
-    report = {"accuracy": mean, "standard_deviation": deviation, "accuracies": accuracies, "seed": args.seed}
+    report = {"accuracy": mean, "standard_deviation": deviation, "exact_set": statistics.mean(exact_sets)}
+    report |= {"accuracies": accuracies, "exact_sets": exact_sets, "seed": args.seed}
     report |= {"labels": labels_path.name, "num_images": len(wanted), **options, "precision": setup.precision}
     report |= {"weights": str(folder), "model": metadata["model"], "pictures_seen": metadata["pictures_seen"]}
     report |= {"evaluator": str(evaluator.path), "seconds": round(seconds, 2)}
@@ -269,7 +275,7 @@ def main(argv: list[str] | None = None):
     print(f"evaluator: {evaluator.path}; {json.dumps(options)}")
     runs = len(accuracies)
     spread = f" (mean of {runs} seeds, standard deviation {deviation:.4f})" if deviation is not None else ""
-    print(f"accuracy: {mean:.4f}{spread}")
+    print(f"accuracy: {mean:.4f}{spread}, exact set: {report['exact_set']:.4f}")
 
 
 if __name__ == "__main__":

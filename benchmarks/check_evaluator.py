@@ -80,7 +80,7 @@ def kind_of(asked: str, seen: str) -> str:
 
 
 def draw_sheet(path: Path, images: np.ndarray, captions: list[str], columns: int = 8):
-    side, text = 160, 46
+    side, text = 160, 16 + 15 * max(1, *(caption.count("\n") for caption in captions))
     sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * (side + text)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
@@ -108,22 +108,21 @@ def main():
         soft.append(judge.probabilities(soften(images, BLUR, NOISE)))
     asked, number = data.labels.bool(), data.labels.sum(1)
     outputs = {"as rendered": torch.cat(clean), f"blur {BLUR} px, noise {NOISE} levels": torch.cat(soft)}
-    seen = {kind: output > judge.threshold for kind, output in outputs.items()}
-    exact = {kind: (s == asked).all(1) for kind, s in seen.items()}
+    seen = outputs["as rendered"] > judge.threshold
 
     scenes = len({scene_of(f) for f in data.filenames})
     print(f"{len(data):,} pictures of {scenes:,} scenes; threshold {judge.threshold}")
     rows = [["accuracy, micro top-k", *(judge.compute_acc(o, data.labels) for o in outputs.values())]]
-    rows += [["exact set", *(e.float().mean().item() for e in exact.values())]]
+    rows += [["exact set", *(judge.exact_set(o, data.labels) for o in outputs.values())]]
     for n in (1, 2, 3):
         of = number == n
         rows.append([f"accuracy, {n} objects" if n > 1 else "accuracy, 1 object",
                      *(judge.compute_acc(o[of], data.labels[of]) for o in outputs.values())])  # fmt: skip
         rows.append([f"exact set, {n} objects" if n > 1 else "exact set, 1 object",
-                     *(e[of].float().mean().item() for e in exact.values())])  # fmt: skip
+                     *(judge.exact_set(o[of], data.labels[of]) for o in outputs.values())])  # fmt: skip
     table("All pictures, and by number of objects", ["measure", *outputs], rows)
 
-    seen, failed = seen["as rendered"], (~exact["as rendered"]).nonzero().flatten().tolist()
+    failed = (seen != asked).any(1).nonzero().flatten().tolist()
     for part, title in ((0, "By colour"), (1, "By shape")):
         rows = []
         for value in dict.fromkeys(name.split()[part] for name in names):

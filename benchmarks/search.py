@@ -84,7 +84,8 @@ def run(name: str, minutes: float, out: Path):
     print(f"{name}: {steps} steps", flush=True)
     common = ["--out", str(folder), "--mixed-precision", "bf16"]
     seed = str(change.get("seed", 0))
-    train.main(["--model", "small", *common, "--max-steps", str(steps), "--sample-every", "0", "--seed", seed])
+    quiet = ["--sample-every", "0"]
+    train.main(["--model", "small", *common, *quiet, "--max-steps", str(steps), "--seed", seed])
     size = PRESETS["small"]["training"]["batch_size"]
     row = {"row": name, "steps": steps, "pictures": steps * size, "validation": {}}
     for scale in GUIDANCE_SCALES:

@@ -56,6 +56,15 @@ def test_accuracy_is_micro_top_k(judge):
         assert judge.compute_acc(out, labels) == pytest.approx(lab_accuracy(out, labels))
 
 
+def test_an_object_too_many_breaks_the_set_but_not_the_accuracy(judge):
+    labels = torch.eye(24)[:4]
+    out = labels * 0.9
+    out[1, 5] = 0.8  # too many
+    out[2, 2] = 0.1  # too few, though the highest
+    assert judge.compute_acc(out, labels) == 1
+    assert judge.exact_set(out, labels) == 0.5
+
+
 def test_unusable_images_are_refused(judge):
     labels = torch.eye(24)[:2]
     bad = torch.zeros(2, 3, 64, 64)
@@ -106,7 +115,7 @@ def test_shipped_weights_know_the_pictures_that_ship(judge, tmp_path, capsys):
     images, labels = to_float(data.images[some]), data.labels[some]
     seen = judge.probabilities(images)
     assert judge.compute_acc(seen, labels) >= 0.997
-    assert ((seen > judge.threshold) == labels.bool()).all(1).float().mean() >= 0.985
+    assert judge.exact_set(seen, labels) >= 0.985
     torch.manual_seed(0)
     assert judge.eval(evaluator.soften(images, 0.6, 4), labels) >= 0.99
     assert judge.eval(images.flip(0), labels) < 0.4  # wrong labels
@@ -115,7 +124,11 @@ def test_shipped_weights_know_the_pictures_that_ship(judge, tmp_path, capsys):
     (tmp_path / "labels.json").write_text(json.dumps([data.conditions[i] for i in some[:6]]))
     capsys.readouterr()
     evaluator.main([str(tmp_path), "--weights", str(SHIPPED)])  # labels.json beside the pictures
-    assert capsys.readouterr().out.splitlines()[-1] == f"accuracy: {judge.eval(images[:6], labels[:6]):.4f}"
+    accuracy, exact = (
+        judge.eval(images[:6], labels[:6]),
+        judge.exact_set(judge.probabilities(images[:6]), labels[:6]),
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == f"accuracy: {accuracy:.4f}, exact set: {exact:.4f}"
 
 
 @pytest.mark.parametrize(("absent", "middle"), [(0.3, 0.5), (0.6, 0.65)])
