@@ -93,7 +93,10 @@ def save(run: Path, model, ema_model, optimizer, noise_scheduler: DDPMScheduler,
     training = {
         "model": model.state_dict(),
         "optimizer": {
-            f"{i}.{name}": tensor for i, values in state.items() for name, tensor in values.items()
+            f"{i}.{name}": value
+            for i, values in state.items()
+            for name, value in values.items()
+            if torch.is_tensor(value)  # Muon also keeps what it finds out anew
         },
     }
     write_weights(run / f"checkpoint-{metadata['step']:07d}", ema_model, noise_scheduler, metadata, training)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from timm.optim import Muon
 from torch.nn import functional as F
-from torch.optim._muon import _zeropower_via_newtonschulz
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
@@ -46,24 +46,6 @@ from model import PRESETS, Setup, build, choose_setup
 from sample import generate, picture_seed
 
 LOG_EVERY = 10  # steps
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW; for groups with `muon` momentum made orthogonal (torch.optim.Muon knows matrices only)."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"] if group.get("muon") else []:
-                gradient, p.grad = p.grad.flatten(1), None
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(gradient))
-                momentum.lerp_(gradient, 0.05)
-                update = _zeropower_via_newtonschulz(
-                    gradient.lerp(momentum, 0.95), (3.4445, -4.775, 2.0315), 5, 1e-7
-                )
-                rate = group["lr"] * 0.2 * max(update.shape) ** 0.5  # as large as AdamW's steps
-                p.add_(update.view_as(p), alpha=-rate)
-        super().step()
 
 
 def seed_of(*key: int) -> int:
@@ -262,10 +244,7 @@ def main(argv: list[str] | None = None):
         return
     ema_model = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else model
     if args.optimizer == "muon":
-        inner = ("down_blocks", "mid_block", "up_blocks")
-        muon = [p for n, p in model.named_parameters() if p.ndim > 1 and n.split(".")[1] in inner]
-        rest = [p for n, p in model.named_parameters() if p.ndim == 1 or n.split(".")[1] not in inner]
-        optimizer = Muon([{"params": muon, "muon": True}, {"params": rest}], lr=args.learning_rate)
+        optimizer = Muon(model.parameters(), lr=args.learning_rate, nesterov=True)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=True)
     first_step = 0

@@ -40,7 +40,14 @@ ROWS = {
     "learning rate constant": {"training": {"lr_schedule": "constant"}},
     "label dropout 0.2": {"training": {"label_dropout": 0.2}},
     "Muon": {"training": {"optimizer": "muon"}},
-    "Muon, learning rate 2e-3": {"training": {"optimizer": "muon", "learning_rate": 2e-3}},
+    "Muon, scale-shift": {
+        "network": {"resnet_time_scale_shift": "scale_shift"},
+        "training": {"optimizer": "muon"},
+    },
+    "Muon, scale-shift, learning rate 3e-3": {
+        "network": {"resnet_time_scale_shift": "scale_shift"},
+        "training": {"optimizer": "muon", "learning_rate": 3e-3},
+    },
     "1 layer a block": {"network": {"layers_per_block": 1}},
     "channels 48, 96, 160": {"network": {"block_out_channels": (48, 96, 160)}},
     "channels 96, 128, 192": {"network": {"block_out_channels": (96, 128, 192)}},
