@@ -48,6 +48,10 @@ ROWS = {
         "network": {"resnet_time_scale_shift": "scale_shift"},
         "training": {"optimizer": "muon", "learning_rate": 3e-3},
     },
+    "Muon, scale-shift, learning rate 1e-2": {
+        "network": {"resnet_time_scale_shift": "scale_shift"},
+        "training": {"optimizer": "muon", "learning_rate": 1e-2},
+    },
     "1 layer a block": {"network": {"layers_per_block": 1}},
     "channels 48, 96, 160": {"network": {"block_out_channels": (48, 96, 160)}},
     "channels 96, 128, 192": {"network": {"block_out_channels": (96, 128, 192)}},
