@@ -31,12 +31,11 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
         patch_size: int = 1,
         resnet_time_scale_shift: str = "default",
-        coordinates: bool = False,
     ):
         super().__init__()
         self.unet = UNet2DModel(
             sample_size=IMAGE_SIZE // patch_size,
-            in_channels=3 * patch_size**2 + 2 * coordinates,
+            in_channels=3 * patch_size**2,
             out_channels=3 * patch_size**2,
             layers_per_block=layers_per_block,
             block_out_channels=block_out_channels,
@@ -55,10 +54,6 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
         `labels` are multi-hot [B, 24]; all zeros is the unconditional label of classifier-free guidance.
         """
         patches = F.pixel_unshuffle(images, self.config.patch_size)
-        if self.config.coordinates:  # where in the picture (CoordConv, arXiv 1807.03247)
-            ramp = torch.linspace(-1, 1, patches.shape[-1], device=images.device)
-            ramp = ramp.expand(len(images), 1, *patches.shape[-2:])
-            patches = torch.cat([patches, ramp, ramp.mT], dim=1)
         prediction = self.unet(patches, timesteps, class_labels=self.class_embedding(labels)).sample
         return F.pixel_shuffle(prediction, self.config.patch_size)
 
@@ -92,13 +87,14 @@ PRESETS: dict[str, dict] = {
             "block_out_channels": (64, 96, 128),
             "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
             "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-            "layers_per_block": 1,
+            "layers_per_block": 2,
             "attention_head_dim": 32,
+            "resnet_time_scale_shift": "scale_shift",
         },
         "scheduler": _COSINE | {"prediction_type": "v_prediction"},
-        "training": {"batch_size": 16, "learning_rate": 7e-4, "lr_schedule": "linear", "warmup_steps": 200,
+        "training": {"batch_size": 32, "learning_rate": 3e-3, "lr_schedule": "linear", "warmup_steps": 200,
                      "epochs": 40, "ema_decay": 0.999, "label_dropout": 0.1,
-                     "snr_gamma": 0.0, "timestep_sampling": "uniform", "optimizer": "adamw"},
+                     "snr_gamma": 0.0, "timestep_sampling": "uniform", "optimizer": "muon"},
         "sampling": {"sampler": "dpmsolver++", "steps": 15, "guidance_scale": 4.0},
     },
 }  # fmt: skip
