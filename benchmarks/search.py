@@ -1,57 +1,50 @@
-"""The search for the `small` preset: one factor at a time, at equal time of one CPU core.
+"""The search for the preset `small`: one factor changed at a time, at equal time of one CPU core.
 
-    OMP_NUM_THREADS=1 python benchmarks/search.py train ROW   # 15 minutes of one core a row, then its score
-    python benchmarks/search.py table                            # the rows done so far, as Markdown
+    OMP_NUM_THREADS=1 python benchmarks/search.py train ROW   # 15 minutes of one core, and then its score
+    python benchmarks/search.py table                         # the rows in docs/search.json, as Markdown
 
-A row changes the base in what ROWS says. Steps are what fits into the time, measured before; the learning
-rate falls to 0 at the last. Scored on validation.json by the EMA, 3 sampling seeds.
+A row changes the preset in what ROWS says. Steps are what fits into the time, measured before; the learning
+rate falls to 0 at the last. Scored on validation.json, 3 sampling seeds, DPM-Solver++ with 15 steps.
 """
 
 import argparse
 import json
+import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from timm.optim import Muon
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 import train
-from dataset import NUM_OBJECTS
+from dataset import NUM_OBJECTS, ROOT
 from model import PRESETS, build
 
-BASE = {
-    "network": {"layers_per_block": 2, "block_out_channels": (64, 96, 128)},
-    "training": {"batch_size": 32, "learning_rate": 1e-3},
-}
+RESULTS = ROOT / "docs" / "search.json"
+PARTS = ("network", "scheduler", "training")
 ROWS = {
-    "base": {},
-    "base, seed 1": {"seed": 1},
+    "small": {},
+    "seed 1": {"seed": 1},
+    "AdamW, learning rate 1e-3": {"training": {"optimizer": "adamw", "learning_rate": 1e-3}},
+    "learning rate 1.5e-3": {"training": {"learning_rate": 1.5e-3}},
+    "learning rate 6e-3": {"training": {"learning_rate": 6e-3}},
+    "learning rate constant": {"training": {"lr_schedule": "constant"}},
+    "batch 16, learning rate 2e-3": {"training": {"batch_size": 16, "learning_rate": 2e-3}},
+    "batch 64, learning rate 4e-3": {"training": {"batch_size": 64, "learning_rate": 4e-3}},
+    "EMA 0.99": {"training": {"ema_decay": 0.99}},
+    "EMA 0.9995": {"training": {"ema_decay": 0.9995}},
+    "label dropout 0.05": {"training": {"label_dropout": 0.05}},
+    "label dropout 0.2": {"training": {"label_dropout": 0.2}},
+    "label and timestep added": {"network": {"resnet_time_scale_shift": "default"}},
     "noise prediction": {"scheduler": {"prediction_type": "epsilon"}},
     "min-SNR 5": {"training": {"snr_gamma": 5.0}},
-    "scale-shift": {"network": {"resnet_time_scale_shift": "scale_shift"}},
-    "coordinates": {"network": {"coordinates": True}},
-    "stratified timesteps": {"training": {"timestep_sampling": "stratified"}},
+    "zero terminal SNR": {"scheduler": {"rescale_betas_zero_snr": True}},
     "logit-normal timesteps": {"training": {"timestep_sampling": "logit-normal"}},
-    "batch 16": {"training": {"batch_size": 16, "learning_rate": 7e-4}},
-    "batch 64": {"training": {"batch_size": 64, "learning_rate": 1.4e-3}},
-    "learning rate 2e-3": {"training": {"learning_rate": 2e-3}},
-    "learning rate constant": {"training": {"lr_schedule": "constant"}},
-    "label dropout 0.2": {"training": {"label_dropout": 0.2}},
-    "Muon": {"training": {"optimizer": "muon"}},
-    "Muon, scale-shift": {
-        "network": {"resnet_time_scale_shift": "scale_shift"},
-        "training": {"optimizer": "muon"},
-    },
-    "Muon, scale-shift, learning rate 3e-3": {
-        "network": {"resnet_time_scale_shift": "scale_shift"},
-        "training": {"optimizer": "muon", "learning_rate": 3e-3},
-    },
-    "Muon, scale-shift, learning rate 1e-2": {
-        "network": {"resnet_time_scale_shift": "scale_shift"},
-        "training": {"optimizer": "muon", "learning_rate": 1e-2},
-    },
+    "stratified timesteps": {"training": {"timestep_sampling": "stratified"}},
     "1 layer a block": {"network": {"layers_per_block": 1}},
     "channels 48, 96, 160": {"network": {"block_out_channels": (48, 96, 160)}},
     "channels 96, 128, 192": {"network": {"block_out_channels": (96, 128, 192)}},
@@ -62,71 +55,72 @@ ROWS = {
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     }},
 }  # fmt: skip
-GUIDANCE_SCALES = (2.0, 4.0)
-SEEDS = 3
+SAMPLING = ["--sampler", "dpmsolver++", "--steps", "15", "--seeds", "3"]
+GUIDANCE_SCALES = ("2", "4")
 WARMUP, TIMED = 3, 5  # steps
 
 
 def seconds_per_step() -> float:
     """CPU seconds of a training step of the preset `small`."""
-    model, _ = build("small")
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    size, seconds = PRESETS["small"]["training"]["batch_size"], []
+    recipe, (model, _) = PRESETS["small"]["training"], build("small")
+    optimizer_class = Muon if recipe["optimizer"] == "muon" else torch.optim.AdamW
+    optimizer, size, seconds = optimizer_class(model.parameters(), lr=1e-3), recipe["batch_size"], []
     for _ in range(WARMUP + TIMED):
         start = time.process_time()
+        images, labels = torch.randn(size, 3, 64, 64), torch.zeros(size, NUM_OBJECTS)
         with torch.autocast("cpu", torch.bfloat16):
-            prediction = model(
-                torch.randn(size, 3, 64, 64), torch.zeros(size), torch.zeros(size, NUM_OBJECTS)
-            )
+            prediction = model(images, torch.zeros(size), labels)
         prediction.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.process_time() - start)
-    return sorted(seconds[WARMUP:])[TIMED // 2]
+    return statistics.median(seconds[WARMUP:])
 
 
 def run(name: str, minutes: float, out: Path):
-    """Train and score a row; leaves <out>/<row>.json."""
-    change = ROWS[name]
-    for part in ("network", "scheduler", "training"):
-        PRESETS["small"][part] = PRESETS["small"][part] | BASE.get(part, {}) | change.get(part, {})
+    """Train and score a row; adds it to docs/search.json."""
+    for part in PARTS:
+        PRESETS["small"][part] = PRESETS["small"][part] | ROWS[name].get(part, {})
     steps = int(60 * minutes / seconds_per_step())
     folder = out / name.replace(" ", "-").replace(",", "")
-    print(f"{name}: {steps} steps", flush=True)
-    common = ["--out", str(folder), "--mixed-precision", "bf16"]
-    seed = str(change.get("seed", 0))
-    quiet = ["--sample-every", "0"]
-    train.main(["--model", "small", *common, *quiet, "--max-steps", str(steps), "--seed", seed])
-    size = PRESETS["small"]["training"]["batch_size"]
-    row = {"row": name, "steps": steps, "pictures": steps * size, "validation": {}}
+    seed = str(ROWS[name].get("seed", 0))
+    common = ["--out", str(folder), "--mixed-precision", "bf16", "--sample-every", "0"]
+    train.main(["--model", "small", *common, "--max-steps", str(steps), "--seed", seed])
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    row = {"row": name, "commit": commit.stdout.strip(), "minutes": minutes, "steps": steps}
+    row["pictures"] = steps * PRESETS["small"]["training"]["batch_size"]
     for scale in GUIDANCE_SCALES:
-        images = folder / f"guidance-{scale:g}"
+        images = folder / f"guidance-{scale}"
         common = ["--weights", str(folder), "--out", str(images), "--mixed-precision", "bf16"]
-        options = ["--seeds", str(SEEDS), "--guidance-scale", str(scale)]
-        sample.main(["--mode", "validation", *common, *options])
-        row["validation"][str(scale)] = json.loads((images / "validation.json").read_text())["accuracies"]
-    folder.with_suffix(".json").write_text(json.dumps(row) + "\n")
+        sample.main(["--mode", "validation", *common, *SAMPLING, "--guidance-scale", scale])
+        row[f"guidance {scale}"] = json.loads((images / "validation.json").read_text())["accuracies"]
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    RESULTS.write_text("[\n" + ",\n".join(json.dumps(r) for r in [*rows, row]) + "\n]\n")
 
 
-def table(out: Path):
-    rows = [json.loads(path.read_text()) for path in out.glob("*.json")]
-    print("| row | pictures |" + "".join(f" guidance {scale:g} |" for scale in GUIDANCE_SCALES))
-    print("|---|---|" + "---|" * len(GUIDANCE_SCALES))
-    for row in sorted(rows, key=lambda row: list(ROWS).index(row["row"])):
-        means = [sum(accuracies) / SEEDS for accuracies in row["validation"].values()]
-        print(f"| {row['row']} | {row['pictures']:,} |" + "".join(f" {mean:.3f} |" for mean in means))
+def table():
+    print("| row | commit | pictures |" + "".join(f" guidance {scale} |" for scale in GUIDANCE_SCALES))
+    print("|---|---|---|" + "---|" * len(GUIDANCE_SCALES))
+    for row in json.loads(RESULTS.read_text()):
+        cells = []
+        for scale in GUIDANCE_SCALES:
+            values = row[f"guidance {scale}"]
+            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+        print(f"| {row['row']} | {row['commit']} | {row['pictures']:,} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("train", "table"))
-    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="ROW")
+    parser.add_argument("row", nargs="?", choices=ROWS)
     parser.add_argument("--minutes", type=float, default=15, help="of one core (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/search"))
     args = parser.parse_args()
     if args.what == "table":
-        table(args.out)
-    elif len(args.rows) == 1:
-        run(args.rows[0], args.minutes, args.out)
+        table()
+    elif args.row:
+        run(args.row, args.minutes, args.out)
     else:
-        raise SystemExit("one row at a time: presets change with it")
+        parser.error("train which row?")
