@@ -46,6 +46,11 @@ from model import PRESETS, Setup, build, choose_setup
 from sample import generate, picture_seed
 
 LOG_EVERY = 10  # steps
+OPTIMIZERS = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    # Orthogonal steps (kellerjordan.github.io/posts/muon), as large as AdamW's would be (arXiv 2502.16982).
+    "muon": functools.partial(Muon, nesterov=True),
+}
 
 
 def seed_of(*key: int) -> int:
@@ -112,7 +117,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     recipe.add_argument("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: none")
     recipe.add_argument("--label-dropout", type=number(float, 0, 1), help="share trained without label")
     recipe.add_argument("--snr-gamma", type=number(float, 0), help="min-SNR weights; 0: none")
-    recipe.add_argument("--optimizer", choices=("adamw", "muon"))
+    recipe.add_argument("--optimizer", choices=OPTIMIZERS)
     recipe.add_argument("--timestep-sampling", choices=("uniform", "stratified", "logit-normal"))
 
     output = parser.add_argument_group("output (default: every 1000 steps)")
@@ -243,10 +248,7 @@ def main(argv: list[str] | None = None):
     if args.dry_run:
         return
     ema_model = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else model
-    if args.optimizer == "muon":
-        optimizer = Muon(model.parameters(), lr=args.learning_rate, nesterov=True)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=True)
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.learning_rate)
     first_step = 0
     if checkpoint.checkpoints(args.out):
         folder = checkpoint.newest(args.out)

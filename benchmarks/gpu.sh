@@ -11,7 +11,7 @@
 #
 # A stage's results (JSON, grids, curves, weights in half precision) lie in $WORK/results/STAGE and leave as
 # $OUT/STAGE.tar.*, pieces of 15 MiB: cat STAGE.tar.* | tar x. Checkpoints stay in $WORK, which should be a
-# local disk. Needs no network: where diffusers is missing, it is installed from the wheels in $WHEELS.
+# local disk. Needs no network: where diffusers or timm is missing, both come from the wheels in $WHEELS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-${TMPDIR:-/tmp}/iclevr-ddpm}
@@ -22,13 +22,13 @@ python=${PYTHON:-python3}
 mkdir -p "$WORK/results" "$OUT"
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$WORK/compiled
 export PYTHONPATH=$WORK/site${PYTHONPATH:+:$PYTHONPATH}
-if ! $python -c 'import diffusers' 2>/dev/null; then
+if ! $python -c 'import diffusers, timm' 2>/dev/null; then
     $python -m pip install -q --no-index --no-deps --no-compile --target "$WORK/site" "$WHEELS"/*.whl
 fi
 
 bench=(--models reference small)
-small=(--batch-size 128 --learning-rate 1e-3 --max-steps 30000)
-small_longer=(--batch-size 128 --learning-rate 5e-4 --max-steps 60000)
+small=(--batch-size 128 --learning-rate 4e-3 --max-steps 30000)
+small_longer=(--batch-size 128 --learning-rate 2e-3 --max-steps 60000)
 reference_model=reference reference=(--epochs 40) reference_longer=(--epochs 150)
 every=2500 few=(--seeds 10 --steps 20 --sampler dpmsolver++) all_steps=(--seeds 2) seeds=(--seeds 10)
 if [ -n "${DRY_RUN:-}" ]; then

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-from timm.optim import Muon
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
@@ -63,8 +62,8 @@ WARMUP, TIMED = 3, 5  # steps
 def seconds_per_step() -> float:
     """CPU seconds of a training step of the preset `small`."""
     recipe, (model, _) = PRESETS["small"]["training"], build("small")
-    optimizer_class = Muon if recipe["optimizer"] == "muon" else torch.optim.AdamW
-    optimizer, size, seconds = optimizer_class(model.parameters(), lr=1e-3), recipe["batch_size"], []
+    optimizer = train.OPTIMIZERS[recipe["optimizer"]](model.parameters(), lr=1e-3)
+    size, seconds = recipe["batch_size"], []
     for _ in range(WARMUP + TIMED):
         start = time.process_time()
         images, labels = torch.randn(size, 3, 64, 64), torch.zeros(size, NUM_OBJECTS)

@@ -165,7 +165,7 @@ def bare_training(preset: str, clean: torch.Tensor, label: torch.Tensor, setup: 
     """Forward, backward and optimizer on one batch, set up as ours, as a function that does so many steps."""
     model, _ = build(preset)
     model.to(clean.device, memory_format=setup.memory_format).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = train.OPTIMIZERS[PRESETS[preset]["training"]["optimizer"]](model.parameters(), lr=1e-4)
     model = Accelerator(mixed_precision=setup.precision).prepare_model(model)
     timesteps = torch.randint(1000, (len(clean),), device=clean.device)
 

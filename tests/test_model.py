@@ -61,7 +61,7 @@ def test_small_is_small():
     assert sum(p.numel() for p in model.parameters()) < 10e6
     with FlopCounterMode(display=False) as counter:
         model(*inputs(1))
-    assert 0.7e9 < counter.get_total_flops() < 1.6e9
+    assert 0.7e9 < counter.get_total_flops() < 2.6e9
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
