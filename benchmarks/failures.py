@@ -28,7 +28,9 @@ def reason(asked: str, seen: str, condition: list[str]) -> str:
     colours = [name.split()[0] for name in condition]
     if not seen:
         same = colours.count(asked.split()[0]) > 1
-        return "run together with the other object of its colour" if same else "left out, or too blurred"
+        return (
+            "took the shape of the other object of its colour" if same else "left out, or of another colour"
+        )
     if not asked:
         same = seen.split()[0] in colours
         return "one object seen as two shapes" if same else "an object too many"
