@@ -99,7 +99,7 @@ def test_accumulation_keeps_the_result(pictures, tmp_path):
 
 
 def test_two_processes_train_what_one_does(pictures, tmp_path, run):
-    """With averaged weights and label dropout; after 20 steps they differ by rounding alone. AdamW, as above."""
+    """With averaged weights and label dropout; after 20 steps only rounding differs. AdamW, as above."""
     common = [*TINY, "--data", pictures, "--label-dropout", 0.3, "--warmup-steps", 0, "--learning-rate", 1e-4]
     common += ["--optimizer", "adamw"]
     train.main(list(map(str, [*common, "--max-steps", 20, "--out", tmp_path / "one"])))
