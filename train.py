@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from diffusers.training_utils import compute_snr
 from timm.optim import Muon
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
@@ -301,8 +302,7 @@ def main(argv: list[str] | None = None):
                 prediction = model(noisy[share], timesteps[share], label[share])
                 loss = F.mse_loss(prediction.float(), target[share], reduction="none").mean((1, 2, 3))
                 if args.snr_gamma:  # min-SNR (arXiv 2303.09556)
-                    alpha = noise_scheduler.alphas_cumprod.to(device)[timesteps[share]]
-                    snr = alpha / (1 - alpha)
+                    snr = compute_snr(noise_scheduler, timesteps[share])
                     of_v = noise_scheduler.config.prediction_type == "v_prediction"
                     loss = loss * snr.clamp(max=args.snr_gamma) / (snr + of_v)
                 loss = loss.mean()

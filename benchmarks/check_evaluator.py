@@ -58,9 +58,11 @@ def table(title: str, header: list[str], rows: list[list]):
             print("|" + "---|" * len(header))
 
 
-def confusions(missed: list[str], extra: list[str]) -> list[tuple[str, str]]:
-    """What was taken for what in one picture; '' stands for nothing."""
-    missed, extra, pairs = list(missed), list(extra), []
+def confusions(names: list[str], asked: torch.Tensor, seen: torch.Tensor) -> list[tuple[str, str]]:
+    """What was taken for what in one picture, given its rows [24] of labels; '' stands for nothing."""
+    missed = [names[i] for i in (asked & ~seen).nonzero().flatten()]
+    extra = [names[i] for i in (seen & ~asked).nonzero().flatten()]
+    pairs = []
     for part in (0, 1):  # the same colour first, then the same shape
         for name in list(missed):
             twin = next((e for e in extra if e.split()[part] == name.split()[part]), None)
@@ -80,7 +82,7 @@ def kind_of(asked: str, seen: str) -> str:
 
 
 def draw_sheet(path: Path, images: np.ndarray, captions: list[str], columns: int = 8):
-    side, text = 160, 16 + 15 * max(1, *(caption.count("\n") for caption in captions))
+    side, text = 160, 16 + 15 * max(1, max(caption.count("\n") for caption in captions))
     sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * (side + text)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
@@ -131,9 +133,7 @@ def main():
             rows.append([value, there, there - hit, (seen & ~asked)[:, of].sum().item(), hit / there])
         table(title, ["", "objects", "not seen", "seen where there is none", "share seen"], rows)
 
-    pairs = {i: confusions([n for n, a, s in zip(names, asked[i], seen[i], strict=True) if a and not s],
-                           [n for n, a, s in zip(names, asked[i], seen[i], strict=True) if s and not a])
-             for i in failed}  # fmt: skip
+    pairs = {i: confusions(names, asked[i], seen[i]) for i in failed}
     counts = collections.Counter(kind_of(*pair) for of in pairs.values() for pair in of)
     table("Kinds of mistakes", ["", "objects"], [[k, v] for k, v in counts.most_common()])
     taken = collections.Counter()

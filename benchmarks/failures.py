@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from check_evaluator import confusions, draw_sheet
+from check_evaluator import confusions, draw_sheet, kind_of, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import load_weights
@@ -25,20 +25,18 @@ from sample import load_list
 
 def reason(asked: str, seen: str, condition: list[str]) -> str:
     """Why `asked` (or nothing) may have come out as `seen` (or nothing) among the objects of `condition`."""
-    colours = [name.split()[0] for name in condition]
-    if not seen:
+    kind, colours = kind_of(asked, seen), [name.split()[0] for name in condition]
+    if kind == "missed":
         same = colours.count(asked.split()[0]) > 1
         return (
             "took the shape of the other object of its colour" if same else "left out, or of another colour"
         )
-    if not asked:
-        same = seen.split()[0] in colours
-        return "one object seen as two shapes" if same else "an object too many"
-    if asked.split()[0] == seen.split()[0]:
-        return "shape unclear"
-    if seen.split()[0] in colours:
-        return "colour of another object asked for"
-    return "colour mixed or wrong"
+    if kind == "shape mistaken":
+        return kind
+    known = seen.split()[0] in colours
+    if kind == "colour mistaken":
+        return "colour of another object asked for" if known else "colour mixed or wrong"
+    return "one more object, in a colour asked for" if known else "one more object, in another colour"
 
 
 def main():
@@ -56,27 +54,22 @@ def main():
     names = sorted(objects, key=objects.get)
     judge, labels = evaluation_model(report["evaluator"]), multi_hot(conditions, objects).bool()
     images = torch.stack([read_picture(args.folder / f"{i}.png") for i in range(len(conditions))])
-    out = judge.probabilities(to_float(images))
-    seen = out > judge.threshold
-
+    seen = judge.probabilities(to_float(images)) > judge.threshold
     failed = (seen != labels).any(1).nonzero().flatten().tolist()
-    print(f"{len(failed)} of {len(conditions)} pictures of {report['labels']}, seed {report['seed']}\n")
-    print("| picture | asked | not seen | seen instead | likely reason |\n|---|---|---|---|---|")
-    captions, counts = [], collections.Counter()
+    rows, captions, counts = [], [], collections.Counter()
     for i in failed:
-        missed = [n for n, a, s in zip(names, labels[i], seen[i], strict=True) if a and not s]
-        extra = [n for n, a, s in zip(names, labels[i], seen[i], strict=True) if s and not a]
-        pairs = confusions(missed, extra)
-        reasons = [reason(a, s, conditions[i]) for a, s in pairs]
+        pairs = confusions(names, labels[i], seen[i])
+        reasons = [reason(*pair, conditions[i]) for pair in pairs]
         counts.update(reasons)
-        asked, seen_instead = ", ".join(conditions[i]), ", ".join(extra) or "nothing"
-        print(f"| {i} | {asked} | {', '.join(missed) or 'nothing'} | {seen_instead} | {'; '.join(reasons)} |")
+        missed, extra = (", ".join(filter(None, side)) or "nothing" for side in zip(*pairs, strict=True))
+        rows.append([i, ", ".join(conditions[i]), missed, extra, "; ".join(reasons)])
         lines = [f"{i}: {conditions[i][0]}", *conditions[i][1:]]
         captions.append("\n".join([*lines, *(f"{a or 'nothing'} -> {s or 'nothing'}" for a, s in pairs)]))
-    print("\n| likely reason | objects |\n|---|---|")
-    for why, count in counts.most_common():
-        print(f"| {why} | {count} |")
-    draw_sheet(args.out, images[failed].permute(0, 2, 3, 1).numpy(), captions)
+    title = f"{len(failed)} of {len(conditions)} pictures of {report['labels']}, seed {report['seed']}"
+    table(title, ["picture", "asked", "not seen", "seen instead", "likely reason"], rows)
+    table("Likely reasons", ["likely reason", "objects"], [[*item] for item in counts.most_common()])
+    if failed:
+        draw_sheet(args.out, images[failed].permute(0, 2, 3, 1).numpy(), captions)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 
 import torch
+from speed import bare_training
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 import train
 from dataset import NUM_OBJECTS, ROOT
-from model import PRESETS, build
+from model import PRESETS, choose_setup
 
 RESULTS = ROOT / "docs" / "search.json"
 PARTS = ("network", "scheduler", "training")
@@ -61,17 +62,13 @@ WARMUP, TIMED = 3, 5  # steps
 
 def seconds_per_step() -> float:
     """CPU seconds of a training step of the preset `small`."""
-    recipe, (model, _) = PRESETS["small"]["training"], build("small")
-    optimizer = train.OPTIMIZERS[recipe["optimizer"]](model.parameters(), lr=1e-3)
-    size, seconds = recipe["batch_size"], []
+    size = PRESETS["small"]["training"]["batch_size"]
+    setup = choose_setup(torch.device("cpu"), "bf16", passes=1, training=True)
+    step = bare_training("small", torch.randn(size, 3, 64, 64), torch.zeros(size, NUM_OBJECTS), setup)
+    seconds = []
     for _ in range(WARMUP + TIMED):
         start = time.process_time()
-        images, labels = torch.randn(size, 3, 64, 64), torch.zeros(size, NUM_OBJECTS)
-        with torch.autocast("cpu", torch.bfloat16):
-            prediction = model(images, torch.zeros(size), labels)
-        prediction.float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(1)
         seconds.append(time.process_time() - start)
     return statistics.median(seconds[WARMUP:])
 
