@@ -26,7 +26,8 @@ from dataset import NUM_OBJECTS, ROOT
 from model import PRESETS, choose_setup
 
 RESULTS = ROOT / "docs" / "search.json"
-PARTS, COSTLY = ("network", "scheduler", "training"), {"batch_size", "optimizer"}
+PARTS = ("network", "scheduler", "training")
+COSTLY = {"network", "batch_size", "optimizer"}  # what changes the cost of a step
 ROWS = {
     "small": {},
     "seed 1": {"seed": 1},
@@ -77,27 +78,30 @@ def seconds_per_step() -> float:
 
 def run(name: str, out: Path):
     """Train and score a row; adds it to docs/search.json."""
-    costly = ROWS[name].keys() & {"network"} or ROWS[name].get("training", {}).keys() & COSTLY
-    seconds = seconds_per_step() if costly else 1
+    row, steps = ROWS[name], STEPS
+    costly = COSTLY & (row.keys() | row.get("training", {}).keys())
+    if costly:
+        seconds = seconds_per_step()  # of the preset, before the row changes it
     for part in PARTS:
-        PRESETS["small"][part] = PRESETS["small"][part] | ROWS[name].get(part, {})
-    steps = round(STEPS * seconds / seconds_per_step()) if costly else STEPS
+        PRESETS["small"][part] = PRESETS["small"][part] | row.get(part, {})
+    if costly:
+        steps = round(STEPS * seconds / seconds_per_step())
     folder = out / name.replace(" ", "-").replace(",", "")
-    seed = str(ROWS[name].get("seed", 0))
+    seed = str(row.get("seed", 0))
     common = ["--out", str(folder), "--mixed-precision", "bf16", "--sample-every", "0"]
     train.main(["--model", "small", *common, "--max-steps", str(steps), "--seed", seed])
     commit = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     )
-    row = {"row": name, "commit": commit.stdout.strip(), "steps": steps}
-    row["pictures"] = steps * PRESETS["small"]["training"]["batch_size"]
+    result = {"row": name, "commit": commit.stdout.strip(), "steps": steps}
+    result["pictures"] = steps * PRESETS["small"]["training"]["batch_size"]
     for scale in GUIDANCE_SCALES:
         images = folder / f"guidance-{scale}"
         common = ["--weights", str(folder), "--out", str(images), "--mixed-precision", "bf16"]
         sample.main(["--mode", "validation", *common, *SAMPLING, "--guidance-scale", scale])
-        row[f"guidance {scale}"] = json.loads((images / "validation.json").read_text())["accuracies"]
+        result[f"guidance {scale}"] = json.loads((images / "validation.json").read_text())["accuracies"]
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    RESULTS.write_text("[\n" + ",\n".join(json.dumps(r) for r in [*rows, row]) + "\n]\n")
+    RESULTS.write_text("[\n" + ",\n".join(json.dumps(r) for r in [*rows, result]) + "\n]\n")
 
 
 def table():
