@@ -46,6 +46,10 @@ ROWS = {
     "min-SNR 5": {"training": {"snr_gamma": 5.0}},
     "zero terminal SNR": {"scheduler": {"rescale_betas_zero_snr": True}},
     "logit-normal timesteps": {"training": {"timestep_sampling": "logit-normal"}},
+    "logit-normal timesteps, seed 1": {"training": {"timestep_sampling": "logit-normal"}, "seed": 1},
+    "logit-normal timesteps, min-SNR 5": {
+        "training": {"timestep_sampling": "logit-normal", "snr_gamma": 5.0},
+    },
     "stratified timesteps": {"training": {"timestep_sampling": "stratified"}},
     "1 layer a block": {"network": {"layers_per_block": 1}},
     "channels 48, 96, 160": {"network": {"block_out_channels": (48, 96, 160)}},
