@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from diffusers.training_utils import compute_snr
 from timm.optim import Muon
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
@@ -117,9 +116,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     recipe.add_argument("--warmup-steps", type=number(int, 0), help="linear warm-up of the learning rate")
     recipe.add_argument("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: none")
     recipe.add_argument("--label-dropout", type=number(float, 0, 1), help="share trained without label")
-    recipe.add_argument("--snr-gamma", type=number(float, 0), help="min-SNR weights; 0: none")
     recipe.add_argument("--optimizer", choices=OPTIMIZERS)
-    recipe.add_argument("--timestep-sampling", choices=("uniform", "stratified", "logit-normal"))
+    recipe.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"))
 
     output = parser.add_argument_group("output (default: every 1000 steps)")
     output.add_argument("--save-every", type=number(int, 1), default=1000, help="steps")
@@ -282,10 +280,7 @@ def main(argv: list[str] | None = None):
         clean, label = to_float(images[batch]), labels[batch]  # [B, 3, 64, 64] in [-1, 1], [B, 24]
         noise = torch.randn_like(clean)
         timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (batch_size,), device=device)
-        if args.timestep_sampling == "stratified":  # arXiv 2107.00630, appendix I.1
-            u = (torch.rand(1, device=device) + torch.arange(batch_size, device=device) / batch_size) % 1
-            timesteps = (1000 * u).long()
-        elif args.timestep_sampling == "logit-normal":  # arXiv 2403.03206
+        if args.timestep_sampling == "logit-normal":  # more of the middle (arXiv 2403.03206, section 3.1)
             timesteps = (1000 * torch.randn(batch_size, device=device).sigmoid()).long()
         label = label * (torch.rand(batch_size, 1, device=device) >= args.label_dropout)  # zeros: none
         noisy = noise_scheduler.add_noise(clean, noise, timesteps)
@@ -300,12 +295,7 @@ def main(argv: list[str] | None = None):
             share = slice(start, start + size)
             with accelerator.accumulate(model):
                 prediction = model(noisy[share], timesteps[share], label[share])
-                loss = F.mse_loss(prediction.float(), target[share], reduction="none").mean((1, 2, 3))
-                if args.snr_gamma:  # min-SNR (arXiv 2303.09556)
-                    snr = compute_snr(noise_scheduler, timesteps[share])
-                    of_v = noise_scheduler.config.prediction_type == "v_prediction"
-                    loss = loss * snr.clamp(max=args.snr_gamma) / (snr + of_v)
-                loss = loss.mean()
+                loss = F.mse_loss(prediction.float(), target[share])
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
