@@ -46,6 +46,10 @@ ROWS = {
     "zero terminal SNR": {"scheduler": {"rescale_betas_zero_snr": True}},
     "uniform timesteps": {"training": {"timestep_sampling": "uniform"}},
     "1 layer a block": {"network": {"layers_per_block": 1}},
+    "attention at 16x16 too": {"network": {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    }},
     "channels 48, 96, 160": {"network": {"block_out_channels": (48, 96, 160)}},
     "channels 96, 128, 192": {"network": {"block_out_channels": (96, 128, 192)}},
     "patches 4, channels 128, 192": {"network": {
