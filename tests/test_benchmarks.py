@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
-from io import BytesIO
 
 import pytest
 from conftest import ROOT
@@ -21,12 +19,12 @@ def results(tmp_path_factory):
         env=os.environ | env | {"PYTHON": sys.executable},
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
+    (folder / "results").mkdir()
     pieces = sorted((folder / "out").iterdir())
     assert len(pieces) <= 8 and all(p.stat().st_size <= 16 * 2**20 for p in pieces)
     for stage in ("bench", "small", "reference", "longer"):
         data = b"".join(p.read_bytes() for p in pieces if p.name.startswith(stage))
-        # Our own archives: no `filter`, which Python 3.11 knows only from 3.11.4 on.
-        tarfile.open(fileobj=BytesIO(data)).extractall(folder / "results")
+        subprocess.run(["tar", "x"], input=data, cwd=folder / "results", check=True)  # as gpu.sh says
     return folder / "results"
 
 
