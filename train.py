@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None):
     metadata = {"model": args.model, "recipe": recipe_of(args), "data": facts}
     metadata |= {"sampling": PRESETS[args.model]["sampling"], "unseen": unseen}
     images, labels = data.images.to(device), data.labels.to(device)  # uint8 [N, 3, 64, 64], float32 [N, 24]
-    steps = range(first_step, args.max_steps)
+    num_timesteps, steps = noise_scheduler.config.num_train_timesteps, range(first_step, args.max_steps)
     bar = tqdm(steps, initial=first_step, total=args.max_steps, disable=not is_main, unit="step")
     losses, last_time = [], time.perf_counter()
 
@@ -279,9 +279,9 @@ def main(argv: list[str] | None = None):
         batch = batch_indices(step, batch_size, len(images), args.seed).to(device, non_blocking=True)
         clean, label = to_float(images[batch]), labels[batch]  # [B, 3, 64, 64] in [-1, 1], [B, 24]
         noise = torch.randn_like(clean)
-        timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (batch_size,), device=device)
+        timesteps = torch.randint(num_timesteps, (batch_size,), device=device)
         if args.timestep_sampling == "logit-normal":  # more of the middle (arXiv 2403.03206, section 3.1)
-            timesteps = (1000 * torch.randn(batch_size, device=device).sigmoid()).long()
+            timesteps = (num_timesteps * torch.randn(batch_size, device=device).sigmoid()).long()
         label = label * (torch.rand(batch_size, 1, device=device) >= args.label_dropout)  # zeros: none
         noisy = noise_scheduler.add_noise(clean, noise, timesteps)
         target = noise
