@@ -269,6 +269,7 @@ def main(argv: list[str] | None = None):
     report |= {"labels": labels_path.name, "num_images": len(wanted), **options, "precision": setup.precision}
     report |= {"weights": str(folder), "model": metadata["model"], "pictures_seen": metadata["pictures_seen"]}
     report |= {"evaluator": str(evaluator.path), "seconds": round(seconds, 2)}
+    report |= {"conditions": conditions}
     report_path.write_text(json.dumps(report, indent=1) + "\n")
     rate = f"{seconds:.1f} s, {len(wanted) / seconds:.2f} a second"
     print(f"pictures: {target}/0.png to {wanted[-1]}.png ({rate}), grid: {grid_path}")

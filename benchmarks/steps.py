@@ -30,6 +30,27 @@ FAST = [
 RUNS = [*FAST, ("ddpm", 100, 1), ("ddpm", 1000, 1)]  # sampler, steps, seeds
 
 
+def sweep(path: Path, weights: Path, runs: dict[str, list], measure=lambda folder: {}) -> dict:
+    """Sample validation.json once for each of `runs`, key -> options of sample.py, and return key -> report.
+
+    Kept in `path`; what it holds of these weights is not sampled again. `measure(folder)` adds to a
+    report what it finds in the folder of pictures.
+    """
+    files = {"weights": weights / WEIGHTS_NAME, "evaluator": default_weights()}
+    judged = {f"{name}_sha256": file_sha256(file) for name, file in files.items()}
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    results = stored["results"] if judged.items() <= stored.items() else {}
+    for key in [key for key in runs if key not in results]:
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+            argv = ["--mode", "validation", "--weights", weights, "--out", folder, *runs[key]]
+            sample.main([str(a) for a in argv])
+            report = json.loads(Path(folder, "validation.json").read_text())
+            report |= measure(Path(folder, "validation"))
+        results[key] = {k: v for k, v in report.items() if k not in (*files, "conditions")}
+        path.write_text(json.dumps(judged | {"results": results}, indent=1) + "\n")
+    return {key: results[key] for key in runs}
+
+
 def table(results: dict[str, dict]) -> str:
     """Rows of steps, columns of samplers, mean and standard deviation over the seeds."""
     cells = {}
@@ -62,20 +83,8 @@ def main():
     parser.add_argument("--weights", type=Path, default=SHIPPED, help="default: those that ship")
     parser.add_argument("--out", type=Path, required=True, help="path of the results, less .json and .png")
     args = parser.parse_args()
-    path = args.out.with_suffix(".json")
-    files = {"weights": args.weights / WEIGHTS_NAME, "evaluator": default_weights()}
-    judged = {f"{name}_sha256": file_sha256(file) for name, file in files.items()}
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    results = stored["results"] if judged.items() <= stored.items() else {}
-    for sampler, steps, seeds in RUNS:
-        if (key := f"{sampler} {steps}") in results:
-            continue
-        with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-            argv = ["--mode", "validation", "--weights", args.weights, "--out", folder, "--sampler", sampler]
-            sample.main([str(a) for a in [*argv, "--steps", steps, "--seeds", seeds]])
-            report = json.loads(Path(folder, "validation.json").read_text())
-        results[key] = {k: v for k, v in report.items() if k not in files}  # paths of this machine
-        path.write_text(json.dumps(judged | {"results": results}, indent=1) + "\n")
+    runs = {f"{s} {n}": ["--sampler", s, "--steps", n, "--seeds", seeds] for s, n, seeds in RUNS}
+    results = sweep(args.out.with_suffix(".json"), args.weights, runs)
     draw(results, args.out.with_suffix(".png"))
     print(table(results))
 

@@ -1,0 +1,69 @@
+"""Guidance scale and interval against two judges: a table in Markdown and a figure.
+
+    python benchmarks/guidance.py --out docs/guidance   # docs/guidance.json, docs/guidance.png
+
+On validation.json, seeds 100 to 102, so that both may be chosen by it. The evaluator is blind to a second
+copy of an object; the second judge (metrics.py) counts them. What docs/guidance.json holds already is not
+sampled again. An hour on one core.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+from steps import sweep
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoint import SHIPPED
+from metrics import judge_twice, load_samples
+
+SEEDS = 3
+RUNS = [(1.0, 1000)]  # guidance scale, upper end of the interval
+RUNS += [(scale, high) for scale in (2.0, 3.0, 4.0, 5.0, 6.0) for high in (550, 650, 750, 1000)]
+
+
+def table(results: list[dict]):
+    print("| guidance scale | interval | accuracy | exact set | second judge | both |\n" + "|---" * 6 + "|")
+    for result in results:
+        low, high = result["guidance_interval"]
+        scores = " | ".join(f"{result[n]:.4f}" for n in ("accuracy", "exact_set", "second_judge", "both"))
+        print(f"| {result['guidance_scale']:g} | {low:g} to {high:g} | {scores} |")
+
+
+def draw(results: list[dict], path: Path):
+    figure, sides = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axes, name, title in zip(
+        sides, ("accuracy", "both"), ("accuracy", "right for both judges"), strict=True
+    ):
+        for high in sorted({result["guidance_interval"][1] for result in results}):
+            rows = [r for r in results if r["guidance_interval"][1] == high]
+            scales = [r["guidance_scale"] for r in rows]
+            axes.plot(scales, [r[name] for r in rows], marker="o", label=f"timesteps 0 to {high:g}")
+        axes.set(xlabel="guidance scale", ylabel=f"{title}, validation.json")
+        axes.grid(alpha=0.3)
+    sides[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--weights", type=Path, default=SHIPPED, help="default: those that ship")
+    parser.add_argument("--out", type=Path, required=True, help="path of the results, less .json and .png")
+    args = parser.parse_args()
+    runs = {}
+    for scale, high in RUNS:
+        guidance = ["--guidance-scale", scale, "--guidance-interval", 0, high]
+        runs[f"{scale:g} {high}"] = [*guidance, "--seed", 100, "--seeds", SEEDS]
+    results = sweep(
+        args.out.with_suffix(".json"), args.weights, runs, lambda folder: judge_twice(*load_samples(folder))
+    )
+    draw([*results.values()], args.out.with_suffix(".png"))
+    table([*results.values()])
+
+
+if __name__ == "__main__":
+    main()
