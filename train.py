@@ -202,9 +202,9 @@ def sample_grid(
     labels = multi_hot(conditions, objects).to(accelerator.device)
     seeds = [picture_seed(0, i) for i in range(len(labels))]
     model.eval()
-    scale = metadata["sampling"]["guidance_scale"]
+    options = metadata["sampling"] | {"sampler": "dpmsolver++", "steps": 15}
     with accelerator.autocast():
-        images = generate(model, noise_scheduler, labels, seeds, "dpmsolver++", 15, scale)
+        images = generate(model, noise_scheduler, labels, seeds, **options)
     model.train()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(make_grid(images / 2 + 0.5, nrow=8), path)
