@@ -91,10 +91,10 @@ def segment(picture: np.ndarray) -> np.ndarray:
         surface = basis @ np.linalg.lstsq(basis[ground], logarithm[ground], rcond=None)[0]
         ground = neutral & (logarithm - surface > -0.12) & (logarithm - surface < 0.25)
     hues = np.array([np.array(rgb) / sum(rgb) - 1 / 3 for rgb in COLORS.values()])
-    hues[0] = np.nan  # gray has none
+    hues[gray := list(COLORS).index("gray")] = np.nan  # it has none
     hues /= np.linalg.norm(hues, axis=1, keepdims=True)
     colours = np.where(saturation > COLOURED, np.nanargmax(tint @ hues.T, axis=1), -1)
-    colours[neutral & (brightness < DARK * np.exp(surface))] = 0
+    colours[neutral & (brightness < DARK * np.exp(surface))] = gray
     return colours
 
 
