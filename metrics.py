@@ -123,13 +123,16 @@ def find_objects(picture: np.ndarray) -> list[tuple[str, float, float]]:
     return found
 
 
+def count_colours(picture: torch.Tensor) -> list[str]:
+    """The colours, sorted, of the objects that a uint8 picture [3, 64, 64] shows, one for each object."""
+    return sorted(colour for colour, _, _ in find_objects(picture.numpy()))
+
+
 def shows_colours(pictures: torch.Tensor, conditions: list[list[str]]) -> torch.Tensor:
     """Bool [N]: whether uint8 pictures [N, 3, 64, 64] show as many objects of each colour as their conditions
     ask for, and no other."""
-    right = []
-    for picture, condition in zip(pictures, conditions, strict=True):
-        found = sorted(colour for colour, _, _ in find_objects(picture.numpy()))
-        right.append(found == sorted(name.split()[0] for name in condition))
+    asked = [sorted(name.split()[0] for name in condition) for condition in conditions]
+    right = [count_colours(p) == colours for p, colours in zip(pictures, asked, strict=True)]
     return torch.tensor(right)
 
 

@@ -17,7 +17,7 @@ from check_evaluator import confusions, draw_sheet, kind_of, table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import load_objects, multi_hot, to_float
 from evaluator import evaluation_model
-from metrics import find_objects, load_samples
+from metrics import count_colours, load_samples
 
 
 def reason(asked: str, seen: str, condition: list[str]) -> str:
@@ -59,7 +59,7 @@ def main():
     names = sorted(objects, key=objects.get)
     judge, labels = evaluation_model(report["evaluator"]), multi_hot(conditions, objects).bool()
     seen = judge.probabilities(to_float(images)) > judge.threshold
-    counted = [sorted(colour for colour, _, _ in find_objects(image.numpy())) for image in images]
+    counted = [count_colours(image) for image in images]
     reasons = [count_reasons(*both) for both in zip(counted, conditions, strict=True)]
     failed = [i for i in range(len(images)) if reasons[i] or (seen[i] != labels[i]).any()]
     rows, captions, counts = [], [], collections.Counter()

@@ -7,7 +7,6 @@ copy of an object; the second judge (metrics.py) counts them. What docs/guidance
 sampled again. An hour on one core.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from matplotlib import pyplot as plt
 from steps import sweep
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import SHIPPED
 from metrics import judge_twice, load_samples
 
 SEEDS = 3
@@ -50,18 +48,14 @@ def draw(results: list[dict], path: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", type=Path, default=SHIPPED, help="default: those that ship")
-    parser.add_argument("--out", type=Path, required=True, help="path of the results, less .json and .png")
-    args = parser.parse_args()
     runs = {}
     for scale, high in RUNS:
         guidance = ["--guidance-scale", scale, "--guidance-interval", 0, high]
         runs[f"{scale:g} {high}"] = [*guidance, "--seed", 100, "--seeds", SEEDS]
-    results = sweep(
-        args.out.with_suffix(".json"), args.weights, runs, lambda folder: judge_twice(*load_samples(folder))
+    results, figure_path = sweep(
+        __doc__.split("\n")[0], runs, lambda folder: judge_twice(*load_samples(folder))
     )
-    draw([*results.values()], args.out.with_suffix(".png"))
+    draw([*results.values()], figure_path)
     table([*results.values()])
 
 

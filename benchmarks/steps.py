@@ -30,12 +30,18 @@ FAST = [
 RUNS = [*FAST, ("ddpm", 100, 1), ("ddpm", 1000, 1)]  # sampler, steps, seeds
 
 
-def sweep(path: Path, weights: Path, runs: dict[str, list], measure=lambda folder: {}) -> dict:
-    """Sample validation.json once for each of `runs`, key -> options of sample.py, and return key -> report.
+def sweep(description: str, runs: dict[str, list], measure=lambda folder: {}) -> tuple[dict[str, dict], Path]:
+    """Read --weights and --out, sample validation.json once for each of `runs`, key -> options of sample.py,
+    and return key -> report and where the figure belongs.
 
-    Kept in `path`; what it holds of these weights is not sampled again. `measure(folder)` adds to a
-    report what it finds in the folder of pictures.
+    Reports are kept in a file; what it holds of these weights is not sampled again. `measure(folder)` adds to
+    a report what it finds in the folder of pictures.
     """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--weights", type=Path, default=SHIPPED, help="default: those that ship")
+    parser.add_argument("--out", type=Path, required=True, help="path of the results, less .json and .png")
+    args = parser.parse_args()
+    path, weights = args.out.with_suffix(".json"), args.weights
     files = {"weights": weights / WEIGHTS_NAME, "evaluator": default_weights()}
     judged = {f"{name}_sha256": file_sha256(file) for name, file in files.items()}
     stored = json.loads(path.read_text()) if path.exists() else {}
@@ -48,7 +54,7 @@ def sweep(path: Path, weights: Path, runs: dict[str, list], measure=lambda folde
             report |= measure(Path(folder, "validation"))
         results[key] = {k: v for k, v in report.items() if k not in (*files, "conditions")}
         path.write_text(json.dumps(judged | {"results": results}, indent=1) + "\n")
-    return {key: results[key] for key in runs}
+    return {key: results[key] for key in runs}, args.out.with_suffix(".png")
 
 
 def table(results: dict[str, dict]) -> str:
@@ -79,13 +85,9 @@ def draw(results: dict[str, dict], path: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", type=Path, default=SHIPPED, help="default: those that ship")
-    parser.add_argument("--out", type=Path, required=True, help="path of the results, less .json and .png")
-    args = parser.parse_args()
     runs = {f"{s} {n}": ["--sampler", s, "--steps", n, "--seeds", seeds] for s, n, seeds in RUNS}
-    results = sweep(args.out.with_suffix(".json"), args.weights, runs)
-    draw(results, args.out.with_suffix(".png"))
+    results, figure_path = sweep(__doc__.split("\n")[0], runs)
+    draw(results, figure_path)
     print(table(results))
 
 
