@@ -46,6 +46,10 @@ ROWS = {
     "zero terminal SNR": {"scheduler": {"rescale_betas_zero_snr": True}},
     "uniform timesteps": {"training": {"timestep_sampling": "uniform"}},
     "1 layer a block": {"network": {"layers_per_block": 1}},
+    "1 layer a block, seed 1": {"network": {"layers_per_block": 1}, "seed": 1},
+    "1 layer a block, channels 64, 128, 256": {
+        "network": {"layers_per_block": 1, "block_out_channels": (64, 128, 256)}
+    },
     "attention at 16x16 too": {"network": {
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
