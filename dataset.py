@@ -147,6 +147,17 @@ def multi_hot(conditions: list[list[str]], objects: dict[str, int]) -> torch.Ten
     return labels
 
 
+def twin_labels(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
+    """The labels [K, 24] in which an object took the shape of another of its colour: a red cube and a red
+    sphere as two cubes, with a 2 in their place, or as two spheres. n objects of a colour make n (n - 1)."""
+    labels = multi_hot([condition], objects)
+    pairs = [(a, b) for a, b in itertools.permutations(condition, 2) if a.split()[0] == b.split()[0]]
+    twins = labels.repeat(len(pairs), 1)
+    for twin, (lost, doubled) in zip(twins, pairs, strict=True):
+        twin[objects[lost]], twin[objects[doubled]] = 0, 2
+    return twins
+
+
 def unseen_triples(
     labels: dict[str, list[str]], objects: dict[str, int], count: int = 100
 ) -> list[list[str]]:

@@ -87,7 +87,7 @@ PRESETS: dict[str, dict] = {
             "block_out_channels": (64, 96, 128),
             "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
             "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-            "layers_per_block": 2,
+            "layers_per_block": 1,
             "attention_head_dim": 32,
             "resnet_time_scale_shift": "scale_shift",
         },
@@ -97,7 +97,8 @@ PRESETS: dict[str, dict] = {
                      "timestep_sampling": "logit-normal", "optimizer": "muon"},
         # Guidance from the first step on paints copies of objects: the noisiest timesteps go without.
         "sampling": {"sampler": "dpmsolver++", "steps": 15, "guidance_scale": 4.0,
-                     "guidance_interval": (0, 750)},
+                     "guidance_interval": (0, 750),
+                     "negative_scale": 4.0, "negative_interval": (350, 1000)},
     },
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from dataset import (
     read_picture,
     to_float,
     to_uint8,
+    twin_labels,
 )
 from evaluator import evaluation_model
 from model import ConditionalUNet, Setup, choose_setup
@@ -73,6 +74,9 @@ def generate(
     steps: int,
     guidance_scale: float,
     guidance_interval: tuple[float, float] = (0, 1000),
+    negative_labels: Sequence[torch.Tensor] = (),
+    negative_scale: float = 0.0,
+    negative_interval: tuple[float, float] = (0, 1000),
     bar: tqdm | None = None,
 ) -> torch.Tensor:
     """Samples [B, 3, 64, 64] in [-1, 1] for multi-hot labels [B, 24], on the device of `labels`.
@@ -81,6 +85,10 @@ def generate(
     `guidance_scale` w: unconditional + w (conditional - unconditional) prediction (arXiv 2207.12598), at
     timesteps within `guidance_interval`, bounds included (arXiv 2404.07724); outside of it and for w 1 the
     unconditional one is not computed.
+
+    `negative_labels`: for each picture those [K, 24], K >= 0, of what it might become by mistake. Within
+    `negative_interval`, `negative_scale` (conditional - negative) is added, for the negative label whose
+    prediction lies nearest to the conditional one: the mistake that the picture is about to make.
     """
     device, count = labels.device, len(labels)
     scheduler_class, options = SAMPLERS[sampler]
@@ -91,15 +99,33 @@ def generate(
     noise_source = {}
     if sampler in STOCHASTIC:
         noise_source["generator"] = [torch.Generator(device).manual_seed(seed + 1) for seed in seeds]
-    both = torch.cat([torch.zeros_like(labels), labels])
+    everyone = torch.arange(count, device=device)
+    owners = [i for i, own in enumerate(negative_labels) for _ in own]  # pictures of the negative labels
+    padding = -len(owners) % count  # repeats some: a compiled network wants few sizes of batches
+    owners = torch.tensor(owners + owners[:1] * padding, dtype=torch.long, device=device)  # [K]
+    negatives = torch.cat([labels[:0], *(own.to(device) for own in negative_labels)])
+    negatives = torch.cat([negatives, negatives[:1].repeat(padding, 1)])  # [K, 24]
+    owned = owners == everyone[:, None]  # [B, K]
     for t in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(images, t)
-        timesteps = torch.full((2 * count,), t.item(), device=device)
-        if guidance_scale != 1 and guidance_interval[0] <= t <= guidance_interval[1]:
-            unconditional, conditional = model(torch.cat([inputs, inputs]), timesteps, both).float().chunk(2)
-            prediction = unconditional + guidance_scale * (conditional - unconditional)
-        else:
-            prediction = model(inputs, timesteps[:count], labels).float()
+        guided = guidance_scale != 1 and guidance_interval[0] <= t <= guidance_interval[1]
+        negated = negative_scale > 0 and len(owners) and negative_interval[0] <= t <= negative_interval[1]
+        parts = [(everyone, labels)]
+        if guided:
+            parts.append((everyone, torch.zeros_like(labels)))
+        if negated:
+            parts.append((owners, negatives))
+        rows = torch.cat([part for part, _ in parts])
+        inputs, timesteps = scheduler.scale_model_input(images, t), torch.full_like(rows, t.item())
+        predictions = model(inputs[rows], timesteps, torch.cat([part for _, part in parts])).float()
+        predictions = predictions.split([len(part) for part, _ in parts])
+        conditional = prediction = predictions[0]
+        if guided:
+            prediction = predictions[1] + guidance_scale * (conditional - predictions[1])
+        if negated:
+            distances = (predictions[-1] - conditional[owners]).square().mean((1, 2, 3))  # [K]
+            nearest = torch.where(owned, distances, torch.inf).argmin(1)  # [B]
+            away = (conditional - predictions[-1][nearest]) * owned.any(1)[:, None, None, None]
+            prediction = prediction + negative_scale * away
         images = scheduler.step(prediction, t, images, **noise_source).prev_sample
         if bar is not None:
             bar.update()
@@ -152,6 +178,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="timesteps from LOW (clear) to HIGH (noise) that are guided (default: as above, else 0 1000)",
+    )
+    parser.add_argument(
+        "--negative-scale",
+        type=number(float, 0, 100),
+        help="push away from two objects of a colour having one shape; 0: do not (default: as above, else 0)",
+    )
+    parser.add_argument(
+        "--negative-interval",
+        type=number(float, 0, 1000),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="its timesteps",
     )
     parser.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
     amount = parser.add_mutually_exclusive_group()
@@ -216,7 +254,7 @@ def main(argv: list[str] | None = None):
     folder = args.weights or newest_weights()
     model, noise_scheduler, metadata = load_weights(folder)
     state.print(describe(folder, metadata))
-    names = ("sampler", "steps", "guidance_scale", "guidance_interval")
+    names = ("sampler", "steps", "guidance_scale", "guidance_interval", "negative_scale", "negative_interval")
     options = metadata["sampling"] | {n: getattr(args, n) for n in names if getattr(args, n) is not None}
 
     objects = load_objects()
@@ -226,6 +264,7 @@ def main(argv: list[str] | None = None):
     if report_path.resolve() == labels_path.resolve():
         raise InputError(f"{labels_path}: the report of this list would overwrite it; choose another --out")
     labels = multi_hot(conditions, objects)  # [N, 24]
+    twins = [twin_labels(condition, objects) for condition in conditions]
     # Picture i shows condition i % N, with the seed that follows for each time through the list.
     wanted = range(args.num_images or args.seeds * len(labels))
     size = args.batch_size or batch_size_for(state.device)
@@ -252,8 +291,10 @@ def main(argv: list[str] | None = None):
             network = compiled_model if len(indices) == size else eager_model
             rows = [i % len(labels) for i in indices]
             seeds = [picture_seed(args.seed + i // len(labels), i % len(labels)) for i in indices]
-            wanted_labels = labels[rows].to(state.device)
-            images = generate(network, noise_scheduler, wanted_labels, seeds, **options, bar=bar)
+            wanted_labels, negatives = labels[rows].to(state.device), [twins[i] for i in rows]
+            images = generate(
+                network, noise_scheduler, wanted_labels, seeds, **options, negative_labels=negatives, bar=bar
+            )
             for i, image in zip(indices, to_uint8(images).cpu(), strict=True):
                 to_pil_image(image).save(target / f"{i}.png")
     state.wait_for_everyone()

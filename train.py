@@ -40,6 +40,7 @@ from dataset import (
     multi_hot,
     number,
     to_float,
+    twin_labels,
     unseen_triples,
 )
 from model import PRESETS, Setup, build, choose_setup
@@ -100,7 +101,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     run.add_argument("--out", type=Path, help="folder of the run (default: runs/<model>)")
     run.add_argument(
-        "--init", type=Path, metavar="DIR", help="start from these weights, with a fresh optimizer"
+        "--init",
+        type=Path,
+        metavar="DIR",
+        help="start from these weights and their network, with a fresh optimizer",
     )
     run.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
     run.add_argument("--dry-run", action="store_true", help="print what would be trained on what, and stop")
@@ -200,11 +204,12 @@ def sample_grid(
     """Paint eight validation conditions from the same noise each time: a quick look, with few steps."""
     conditions = load_conditions(ROOT / "validation.json", objects := load_objects())[::8]
     labels = multi_hot(conditions, objects).to(accelerator.device)
+    negatives = [twin_labels(condition, objects) for condition in conditions]
     seeds = [picture_seed(0, i) for i in range(len(labels))]
     model.eval()
     options = metadata["sampling"] | {"sampler": "dpmsolver++", "steps": 15}
     with accelerator.autocast():
-        images = generate(model, noise_scheduler, labels, seeds, **options)
+        images = generate(model, noise_scheduler, labels, seeds, **options, negative_labels=negatives)
     model.train()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(make_grid(images / 2 + 0.5, nrow=8), path)
@@ -234,13 +239,12 @@ def main(argv: list[str] | None = None):
         raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {processes} processes")
 
     torch.manual_seed(args.seed)
-    model, noise_scheduler = build(args.model)
     pictures_before, unseen = 0, unseen_triples(load_labels(args.labels, data.objects), data.objects)
     if args.init:
-        folder = checkpoint.newest(args.init)
-        checkpoint.load_state(model, folder / checkpoint.WEIGHTS_NAME)
-        before = checkpoint.load_json(folder / checkpoint.METADATA_NAME)
+        model, noise_scheduler, before = checkpoint.load_weights(args.init)
         pictures_before, unseen = before["pictures_seen"], [c for c in unseen if c in before["unseen"]]
+    else:
+        model, noise_scheduler = build(args.model)
     model.to(device, memory_format=setup.memory_format).train()
     if is_main:
         announce(args, data, model, setup, accelerator)

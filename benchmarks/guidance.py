@@ -24,24 +24,30 @@ RUNS = [(1.0, 1000)]  # guidance scale, upper end of the interval
 RUNS += [(scale, high) for scale in (2.0, 3.0, 4.0, 5.0, 6.0) for high in (550, 650, 750, 1000)]
 
 
-def table(results: list[dict]):
-    print("| guidance scale | interval | accuracy | exact set | second judge | both |\n" + "|---" * 6 + "|")
+def table(results: list[dict], kind: str):
+    """One row for each scale and interval of `kind`, "guidance" or "negative"."""
+    print(f"| {kind} scale | interval | accuracy | exact set | second judge | both |\n" + "|---" * 6 + "|")
     for result in results:
-        low, high = result["guidance_interval"]
+        low, high = result[f"{kind}_interval"]
         scores = " | ".join(f"{result[n]:.4f}" for n in ("accuracy", "exact_set", "second_judge", "both"))
-        print(f"| {result['guidance_scale']:g} | {low:g} to {high:g} | {scores} |")
+        print(f"| {result[f'{kind}_scale']:g} | {low:g} to {high:g} | {scores} |")
 
 
-def draw(results: list[dict], path: Path):
+def draw(results: list[dict], kind: str, path: Path):
+    """The scores by scale, a curve for each interval; all start where the scale changes nothing."""
+    results = sorted(results, key=lambda result: result[f"{kind}_scale"])
+    none = {"guidance": 1, "negative": 0}[kind]
     figure, sides = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for axes, name, title in zip(
         sides, ("accuracy", "both"), ("accuracy", "right for both judges"), strict=True
     ):
-        for high in sorted({result["guidance_interval"][1] for result in results}):
-            rows = [r for r in results if r["guidance_interval"][1] == high]
-            scales = [r["guidance_scale"] for r in rows]
-            axes.plot(scales, [r[name] for r in rows], marker="o", label=f"timesteps 0 to {high:g}")
-        axes.set(xlabel="guidance scale", ylabel=f"{title}, validation.json")
+        for low, high in sorted(
+            {tuple(r[f"{kind}_interval"]) for r in results if r[f"{kind}_scale"] != none}
+        ):
+            rows = [r for r in results if r[f"{kind}_scale"] == none or r[f"{kind}_interval"] == [low, high]]
+            scales = [r[f"{kind}_scale"] for r in rows]
+            axes.plot(scales, [r[name] for r in rows], marker="o", label=f"timesteps {low:g} to {high:g}")
+        axes.set(xlabel=f"{kind} scale", ylabel=f"{title}, validation.json")
         axes.grid(alpha=0.3)
     sides[0].legend()
     figure.savefig(path, dpi=120)
@@ -50,13 +56,13 @@ def draw(results: list[dict], path: Path):
 def main():
     runs = {}
     for scale, high in RUNS:
-        guidance = ["--guidance-scale", scale, "--guidance-interval", 0, high]
+        guidance = ["--guidance-scale", scale, "--guidance-interval", 0, high, "--negative-scale", 0]
         runs[f"{scale:g} {high}"] = [*guidance, "--seed", 100, "--seeds", SEEDS]
     results, figure_path = sweep(
         __doc__.split("\n")[0], runs, lambda folder: judge_twice(*load_samples(folder))
     )
-    draw([*results.values()], figure_path)
-    table([*results.values()])
+    draw([*results.values()], "guidance", figure_path)
+    table([*results.values()], "guidance")
 
 
 if __name__ == "__main__":

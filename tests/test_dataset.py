@@ -13,7 +13,16 @@ from PIL import Image
 import dataset
 import render
 import train
-from dataset import CACHE_NAME, PACK, ICLEVRDataset, InputError, load_conditions, load_labels, load_objects
+from dataset import (
+    CACHE_NAME,
+    PACK,
+    ICLEVRDataset,
+    InputError,
+    load_conditions,
+    load_labels,
+    load_objects,
+    twin_labels,
+)
 
 OBJECTS = load_objects()
 LABELS = load_labels(ROOT / "train.json", OBJECTS)
@@ -286,3 +295,13 @@ def test_official_files_drop_in(clone, pictures, run):
     process = run(clone, *train_two, "--data", "lab")
     assert process.returncode == 0, process.stderr
     assert "6 of 18,009 pictures" in process.stdout
+
+
+def test_twin_labels_give_an_object_the_shape_of_another_of_its_colour():
+    objects = load_objects()
+    assert twin_labels(["red cube", "blue cube"], objects).shape == (0, 24)
+    cubes, spheres = twin_labels(["red sphere", "gray cube", "red cube"], objects)
+    assert cubes.sum() == spheres.sum() == 3
+    assert cubes[objects["red cube"]] == spheres[objects["red sphere"]] == 2
+    assert cubes[objects["gray cube"]] == spheres[objects["gray cube"]] == 1
+    assert len(twin_labels(["red cube", "red sphere", "red cylinder"], objects)) == 6

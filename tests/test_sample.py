@@ -13,7 +13,8 @@ import evaluator
 import sample
 import train
 from checkpoint import load_weights
-from dataset import load_conditions, load_objects, multi_hot
+from dataset import load_conditions, load_objects, multi_hot, twin_labels
+from model import build
 
 SHIPPED = ROOT / "weights" / "small"
 
@@ -135,6 +136,45 @@ def test_guidance_outside_of_the_interval_is_none():
     paint(3.0, (200, 700))
     assert [count for t, count in passes] == [2 if 200 <= t <= 700 else 1 for t, _ in passes]
     assert {count for _, count in passes} == {1, 2}
+
+
+def test_negative_labels_change_pairs_of_a_colour_alone():
+    model, noise_scheduler, _ = load_weights(SHIPPED)
+    conditions, objects = [["red cube", "blue sphere"], ["red cube", "red sphere"]], load_objects()
+    labels, negatives = multi_hot(conditions, objects), [twin_labels(c, objects) for c in conditions]
+    passes = []
+
+    def network(images, timesteps, labels):
+        passes.append((int(timesteps[0]), len(images)))
+        return model(images, timesteps, labels)
+
+    def paint(*some):
+        return sample.generate(
+            network, noise_scheduler, labels, [5, 6], "ddim", 8, 2.0, (0, 1000), negatives, *some
+        )
+
+    plain, pushed, never = paint(), paint(4.0, (300, 800)), paint(4.0, (2, 3))
+    assert torch.equal(plain, never)
+    torch.testing.assert_close(plain[0], pushed[0], atol=1e-3, rtol=0)
+    assert (plain[1] - pushed[1]).abs().max() > 0.1
+    passes.clear()
+    paint(4.0, (300, 800))
+    assert [count for t, count in passes] == [6 if 300 <= t <= 800 else 4 for t, _ in passes]
+
+
+def test_only_the_nearest_negative_label_counts():
+    noise_scheduler = build("small")[1]
+    labels = torch.zeros(1, 24)
+    near, far = torch.full((1, 24), 0.01), torch.full((1, 24), 0.02)
+
+    def network(images, timesteps, labels):
+        return labels.sum(1).view(-1, 1, 1, 1) + images  # the further the label, the further the prediction
+
+    def paint(*negatives):
+        options = {"negative_labels": [torch.cat(negatives)], "negative_scale": 2.0}
+        return sample.generate(network, noise_scheduler, labels, [5], "ddim", 4, 1.0, **options)
+
+    assert torch.equal(paint(near), paint(far, near)) and not torch.equal(paint(near), paint(far))
 
 
 def test_unseen_triples_come_from_the_weights(tmp_path, capsys):
