@@ -109,22 +109,25 @@ def generate(
     for t in scheduler.timesteps:
         guided = guidance_scale != 1 and guidance_interval[0] <= t <= guidance_interval[1]
         negated = negative_scale > 0 and len(owners) and negative_interval[0] <= t <= negative_interval[1]
-        parts = [(everyone, labels)]
+        parts = {"conditional": (everyone, labels)}
         if guided:
-            parts.append((everyone, torch.zeros_like(labels)))
+            parts["unconditional"] = (everyone, torch.zeros_like(labels))
         if negated:
-            parts.append((owners, negatives))
-        rows = torch.cat([part for part, _ in parts])
+            parts["negative"] = (owners, negatives)
+        rows, batch_labels = (torch.cat(column) for column in zip(*parts.values(), strict=True))
         inputs, timesteps = scheduler.scale_model_input(images, t), torch.full_like(rows, t.item())
-        predictions = model(inputs[rows], timesteps, torch.cat([part for _, part in parts])).float()
-        predictions = predictions.split([len(part) for part, _ in parts])
-        conditional = prediction = predictions[0]
+        predictions = model(inputs[rows], timesteps, batch_labels).float()
+        predictions = predictions.split([len(part) for part, _ in parts.values()])
+        predictions = dict(zip(parts, predictions, strict=True))
+        prediction = conditional = predictions["conditional"]
         if guided:
-            prediction = predictions[1] + guidance_scale * (conditional - predictions[1])
+            unconditional = predictions["unconditional"]
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
         if negated:
-            distances = (predictions[-1] - conditional[owners]).square().mean((1, 2, 3))  # [K]
+            negative = predictions["negative"]
+            distances = (negative - conditional[owners]).square().mean((1, 2, 3))  # [K]
             nearest = torch.where(owned, distances, torch.inf).argmin(1)  # [B]
-            away = (conditional - predictions[-1][nearest]) * owned.any(1)[:, None, None, None]
+            away = (conditional - negative[nearest]) * owned.any(1)[:, None, None, None]
             prediction = prediction + negative_scale * away
         images = scheduler.step(prediction, t, images, **noise_source).prev_sample
         if bar is not None:
