@@ -242,6 +242,8 @@ def main(argv: list[str] | None = None):
     pictures_before, unseen = 0, unseen_triples(load_labels(args.labels, data.objects), data.objects)
     if args.init:
         model, noise_scheduler, before = checkpoint.load_weights(args.init)
+        if before["model"] != args.model:
+            raise InputError(f"{args.init}: weights of --model {before['model']}, not of {args.model}")
         pictures_before, unseen = before["pictures_seen"], [c for c in unseen if c in before["unseen"]]
     else:
         model, noise_scheduler = build(args.model)

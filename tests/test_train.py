@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import LAUNCH, TINY
+from conftest import LAUNCH, ROOT, TINY
 from safetensors.torch import load_file
 
 import checkpoint
 import train
 from checkpoint import checkpoints, load_weights
+from dataset import load_json
 from model import build
 from train import batch_indices
 
@@ -120,6 +121,18 @@ def test_init_starts_from_weights(pictures, tmp_path):
     start(pictures, tmp_path / "b", "--max-steps", 1, "--learning-rate", 0, "--init", tmp_path / "a")
     a, b = (checkpoints(tmp_path / n)[-1] / "unet" / "diffusion_pytorch_model.safetensors" for n in "ab")
     assert all(torch.equal(load_file(a)[k], v) for k, v in load_file(b).items())
+
+
+def test_init_takes_the_network_of_the_weights_and_wants_their_model(pictures, tmp_path, refused):
+    shipped = ROOT / "weights" / "small"  # two layers a block, the preset has one
+    start(pictures, tmp_path / "run", "--max-steps", 1, "--init", shipped)
+    run, weights = (
+        load_json(p / "unet" / "config.json") for p in (checkpoints(tmp_path / "run")[-1], shipped)
+    )
+    assert run["layers_per_block"] == weights["layers_per_block"] == 2
+    tiny = ["--model", "tiny-mixed", "--data", pictures, "--out", tmp_path / "tiny", "--init", shipped]
+    refused(train.main, tiny, "weights of --model small, not of tiny-mixed")
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_what_triples_were_not_seen_is_stored(pictures, tmp_path):
