@@ -100,15 +100,16 @@ def generate(
     if sampler in STOCHASTIC:
         noise_source["generator"] = [torch.Generator(device).manual_seed(seed + 1) for seed in seeds]
     everyone = torch.arange(count, device=device)
-    owners = [i for i, own in enumerate(negative_labels) for _ in own]  # pictures of the negative labels
-    padding = -len(owners) % count  # repeats some: a compiled network wants few sizes of batches
-    owners = torch.tensor(owners + owners[:1] * padding, dtype=torch.long, device=device)  # [K]
-    negatives = torch.cat([labels[:0], *(own.to(device) for own in negative_labels)])
-    negatives = torch.cat([negatives, negatives[:1].repeat(padding, 1)])  # [K, 24]
+    mistakes = [(i, label) for i, own in enumerate(negative_labels) for label in own]
+    mistakes += mistakes[:1] * (-len(mistakes) % count)  # a compiled network wants few sizes of batches
+    owners = torch.tensor([i for i, _ in mistakes], dtype=torch.long, device=device)  # [K]
+    negatives = (
+        torch.stack([label for _, label in mistakes]).to(device) if mistakes else labels[:0]
+    )  # [K, 24]
     owned = owners == everyone[:, None]  # [B, K]
     for t in scheduler.timesteps:
         guided = guidance_scale != 1 and guidance_interval[0] <= t <= guidance_interval[1]
-        negated = negative_scale > 0 and len(owners) and negative_interval[0] <= t <= negative_interval[1]
+        negated = negative_scale > 0 and mistakes and negative_interval[0] <= t <= negative_interval[1]
         parts = {"conditional": (everyone, labels)}
         if guided:
             parts["unconditional"] = (everyone, torch.zeros_like(labels))
@@ -175,11 +176,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--guidance-scale", type=number(float, 0, 100), help="1: no guidance (default: as above)"
     )
+    interval = {"type": number(float, 0, 1000), "nargs": 2, "metavar": ("LOW", "HIGH")}
     parser.add_argument(
         "--guidance-interval",
-        type=number(float, 0, 1000),
-        nargs=2,
-        metavar=("LOW", "HIGH"),
+        **interval,
         help="timesteps from LOW (clear) to HIGH (noise) that are guided (default: as above, else 0 1000)",
     )
     parser.add_argument(
@@ -187,13 +187,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=number(float, 0, 100),
         help="push away from two objects of a colour having one shape; 0: do not (default: as above, else 0)",
     )
-    parser.add_argument(
-        "--negative-interval",
-        type=number(float, 0, 1000),
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="its timesteps",
-    )
+    parser.add_argument("--negative-interval", **interval, help="timesteps of that (default: likewise)")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(

@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--init",
         type=Path,
         metavar="DIR",
-        help="start from these weights and their network, with a fresh optimizer",
+        help="start from these weights and network, with a fresh optimizer",
     )
     run.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
     run.add_argument("--dry-run", action="store_true", help="print what would be trained on what, and stop")

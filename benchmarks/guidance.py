@@ -19,9 +19,8 @@ from steps import sweep
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from metrics import judge_twice, load_samples
 
-SEEDS = 3
-RUNS = [(1.0, 1000)]  # guidance scale, upper end of the interval
-RUNS += [(scale, high) for scale in (2.0, 3.0, 4.0, 5.0, 6.0) for high in (550, 650, 750, 1000)]
+RUNS = [(1.0, 0, 1000)]  # guidance scale, interval
+RUNS += [(scale, 0, high) for scale in (2.0, 3.0, 4.0, 5.0, 6.0) for high in (550, 650, 750, 1000)]
 
 
 def table(results: list[dict], kind: str):
@@ -53,17 +52,17 @@ def draw(results: list[dict], kind: str, path: Path):
     figure.savefig(path, dpi=120)
 
 
-def main():
-    runs = {}
-    for scale, high in RUNS:
-        guidance = ["--guidance-scale", scale, "--guidance-interval", 0, high, "--negative-scale", 0]
-        runs[f"{scale:g} {high}"] = [*guidance, "--seed", 100, "--seeds", SEEDS]
-    results, figure_path = sweep(
-        __doc__.split("\n")[0], runs, lambda folder: judge_twice(*load_samples(folder))
-    )
-    draw([*results.values()], "guidance", figure_path)
-    table([*results.values()], "guidance")
+def compare(description: str, kind: str, runs: list[tuple[float, float, float]], common: list):
+    """Sample with each scale and interval (low, high) of `kind` and the `common` options; draw and print."""
+    options = {
+        f"{scale:g} {low} {high}": [f"--{kind}-scale", scale, f"--{kind}-interval", low, high, *common]
+        for scale, low, high in runs
+    }
+    results, figure_path = sweep(description, options, lambda folder: judge_twice(*load_samples(folder)))
+    draw([*results.values()], kind, figure_path)
+    table([*results.values()], kind)
 
 
 if __name__ == "__main__":
-    main()
+    common = ["--negative-scale", 0, "--seed", 100, "--seeds", 3]
+    compare(__doc__.split("\n")[0], "guidance", RUNS, common)
