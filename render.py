@@ -4,6 +4,8 @@
     python render.py --limit 20            # its first 20 scenes
     python render.py --random-scenes 1000 --out more   # new scenes of 1 to 5 objects, with more/labels.json
     python render.py --pack                # iclevr/ into iclevr.npz, as it ships
+    python render.py --limit 700 --seed 2 --out held_out       # with the next one: held_out.npz, as it ships
+    python render.py --limit 700 --pack --out held_out
     python render.py --verify              # renders a sample of iclevr.npz again and compares
     python render.py --make-labels --seed 0            # the label files that ship
 
@@ -488,12 +490,15 @@ def render_scenes(jobs: list[tuple[str, list[str], list[int]]], options: dict, w
             bar.update(len(pictures))
 
 
-def pack(out: Path, labels_path: Path, objects: dict[str, int]):
-    """Write the whole set in `out` to `out`.npz."""
+def pack(out: Path, labels_path: Path, objects: dict[str, int], limit: int | None):
+    """Write the whole set in `out`, or its first `limit` scenes, to `out`.npz."""
     manifest = open_manifest(out, {"labels_sha256": file_sha256(labels_path)})
     data = ICLEVRDataset(out, labels_path, objects)
-    if len(data) < data.total:
-        raise InputError(f"{out}: {len(data):,} of {data.total:,} pictures; render the rest before packing")
+    if manifest["scenes_done"] != limit and len(data) < data.total:
+        raise InputError(
+            f"{out}: {len(data):,} of {data.total:,} pictures; render the rest before packing, or pack the "
+            f"{manifest['scenes_done']} scenes there are with --limit"
+        )
     if manifest.get("options", {}).get("size") != "64x64":
         raise InputError(f"{out}: expected pictures rendered at 64x64")
     path = out.with_name(f"{out.name}.npz")
@@ -531,7 +536,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="folder to write to (default: iclevr; --make-labels: this one)"
     )
-    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="render the first N scenes alone")
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="the first N scenes alone")
     parser.add_argument("--size", choices=FILM_SIZES, default="64x64", help="pixels (default: %(default)s)")
     parser.add_argument(
         "--samples", type=number(int, 1), default=SAMPLES, help="light paths per pixel (default: %(default)s)"
@@ -565,7 +570,7 @@ def main(argv: list[str] | None = None):
         return
     out, objects = args.out or Path("iclevr"), load_objects()
     if args.pack:
-        return pack(out, args.labels, objects)
+        return pack(out, args.labels, objects, args.limit)
     if args.verify:
         return verify(out.with_name(f"{out.name}.npz"), args.labels, args.limit or 20, args.workers, objects)
     if args.random_scenes:
