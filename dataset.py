@@ -31,6 +31,7 @@ MAX_OBJECTS = 5  # a CLEVR scene of this kind holds no more
 CACHE_NAME = f".pictures-{IMAGE_SIZE}.safetensors"
 MANIFEST_NAME = "manifest.json"
 PACK = ROOT / "iclevr.npz"  # the pictures that ship
+HELD_OUT = ROOT / "held_out.npz"  # others of the first 700 scenes of the same labels, to compare samples with
 
 
 class InputError(ValueError):
@@ -119,8 +120,11 @@ def check_condition(condition, objects: dict[str, int], where: str) -> list[str]
 
 
 def load_conditions(path: Path | str, objects: dict[str, int]) -> list[list[str]]:
-    """Read conditions (the format of `test.json`): a JSON list of lists of names. Raises InputError."""
+    """Read conditions: a JSON list of lists of names, like `test.json`, or those of labelled pictures, like
+    `train.json`, in their order. Raises InputError."""
     conditions = load_json(path)
+    if isinstance(conditions, dict) and conditions:
+        return list(load_labels(path, objects).values())
     if not isinstance(conditions, list) or not conditions:
         raise InputError(f"{path}: expected a list of lists of object names, like test.json")
     return [check_condition(c, objects, f"{path}, entry {i}") for i, c in enumerate(conditions)]
@@ -156,6 +160,18 @@ def twin_labels(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
     for twin, (lost, doubled) in zip(twins, pairs, strict=True):
         twin[objects[lost]], twin[objects[doubled]] = 0, 2
     return twins
+
+
+def mistaken_labels(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
+    """The labels [3 K, 24] of a condition of K objects with one mistake in it: an object in another of the
+    three shapes, or painted twice."""
+    labels = multi_hot([condition], objects).repeat(3 * len(condition), 1)
+    pairs = [(a, b) for a in condition for b in objects if a.split()[0] == b.split()[0]]
+    for label, (name, painted) in zip(labels, pairs, strict=True):
+        if painted != name:
+            label[objects[name]] -= 1
+        label[objects[painted]] += 1
+    return labels
 
 
 def unseen_triples(
@@ -207,6 +223,12 @@ def read_picture(path: Path) -> torch.Tensor:
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def read_pictures(folder: Path, count: int) -> torch.Tensor:
+    """`0.png` to `count - 1.png` of a folder as uint8 [N, 3, 64, 64]. Raises InputError."""
+    with ThreadPoolExecutor() as pool:
+        return torch.stack(list(pool.map(lambda i: read_picture(folder / f"{i}.png"), range(count))))
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -354,9 +376,9 @@ class ICLEVRDataset(Dataset):
         present = labels = load_labels(labels_path, objects)
         if source.suffix == ".npz":
             self.images, self.manifest = load_pack(source)  # [N, 3, 64, 64]
-            check_manifest(self.manifest, source, labels_path)
-            if len(self.images) != len(labels):
-                raise InputError(f"{source}: {len(self.images)} pictures for {len(labels)} of {labels_path}")
+            present = first_scenes(labels, check_manifest(self.manifest, source, labels_path))
+            if len(self.images) != len(present):
+                raise InputError(f"{source}: {len(self.images)} pictures for {len(present)} of {labels_path}")
         elif source.is_dir():
             path = source / MANIFEST_NAME
             self.manifest = None  # of the lab's own folder

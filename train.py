@@ -44,7 +44,7 @@ from dataset import (
     unseen_triples,
 )
 from model import PRESETS, Setup, build, choose_setup
-from sample import generate, picture_seed
+from sampling import generate, picture_seed
 
 LOG_EVERY = 10  # steps
 OPTIMIZERS = {

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from dataset import PACK, ROOT, ICLEVRDataset, load_objects, number, read_picture, to_float
 from model import PRESETS, Setup, build, choose_setup
-from sample import batch_size_for, generate, prepare
+from sampling import batch_size_for, generate, prepare
 
 FILES = 2000  # PNGs that the plain loop reads: more would all be in the system's cache just so
 

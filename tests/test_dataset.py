@@ -21,6 +21,8 @@ from dataset import (
     load_conditions,
     load_labels,
     load_objects,
+    mistaken_labels,
+    multi_hot,
     twin_labels,
 )
 
@@ -305,3 +307,15 @@ def test_twin_labels_give_an_object_the_shape_of_another_of_its_colour():
     assert cubes[objects["red cube"]] == spheres[objects["red sphere"]] == 2
     assert cubes[objects["gray cube"]] == spheres[objects["gray cube"]] == 1
     assert len(twin_labels(["red cube", "red sphere", "red cylinder"], objects)) == 6
+
+
+def test_mistaken_labels_have_one_mistake_each():
+    """Per object: both other shapes, and one more of it."""
+    mistakes = mistaken_labels(["red sphere", "red cube", "gray cube"], OBJECTS)
+    right = multi_hot([["red sphere", "red cube", "gray cube"]], OBJECTS)
+    changes = mistakes - right
+    assert len(mistakes) == 9 and len(mistakes.unique(dim=0)) == 9 and mistakes.min() >= 0
+    assert sorted(changes.sum(1).tolist()) == [0] * 6 + [1] * 3
+    red_twice = right.clone()
+    red_twice[0, OBJECTS["red cube"]], red_twice[0, OBJECTS["red sphere"]] = 2, 0
+    assert (mistakes == red_twice).all(1).any()

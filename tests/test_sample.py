@@ -11,9 +11,20 @@ from PIL import Image
 
 import evaluator
 import sample
+import sampling
 import train
 from checkpoint import load_weights
-from dataset import load_conditions, load_objects, multi_hot, twin_labels
+from dataset import (
+    PACK,
+    ICLEVRDataset,
+    load_conditions,
+    load_objects,
+    mistaken_labels,
+    multi_hot,
+    read_pictures,
+    to_float,
+    twin_labels,
+)
 from model import build
 
 SHIPPED = ROOT / "weights" / "small"
@@ -59,11 +70,13 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path, conditions, capsys):
     assert np.abs(first - one).max() > 10  # the last one is another picture
 
 
-@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 def test_samplers_stay_in_range_and_repeat(sampler):
     model, noise_scheduler, _ = load_weights(SHIPPED)
     labels = multi_hot([["red cube"], ["cyan sphere", "gray cylinder"]], load_objects())
-    a, b = (sample.generate(model.eval(), noise_scheduler, labels, [5, 6], sampler, 8, 2.0) for _ in range(2))
+    a, b = (
+        sampling.generate(model.eval(), noise_scheduler, labels, [5, 6], sampler, 8, 2.0) for _ in range(2)
+    )
     assert torch.equal(a, b) and a.abs().max() <= 1
     assert a.std() > 0.05
 
@@ -128,7 +141,7 @@ def test_guidance_outside_of_the_interval_is_none():
         return model(images, timesteps, labels)
 
     def paint(*guidance):
-        return sample.generate(network, noise_scheduler, labels, [5], "ddim", 8, *guidance)
+        return sampling.generate(network, noise_scheduler, labels, [5], "ddim", 8, *guidance)
 
     never, none, always, whole = paint(3.0, (2, 3)), paint(1.0), paint(3.0), paint(3.0, (0, 1000))
     assert torch.equal(never, none) and torch.equal(always, whole) and not torch.equal(none, whole)
@@ -149,7 +162,7 @@ def test_negative_labels_change_pairs_of_a_colour_alone():
         return model(images, timesteps, labels)
 
     def paint(*some):
-        return sample.generate(
+        return sampling.generate(
             network, noise_scheduler, labels, [5, 6], "ddim", 8, 2.0, (0, 1000), negatives, *some
         )
 
@@ -159,7 +172,8 @@ def test_negative_labels_change_pairs_of_a_colour_alone():
     assert (plain[1] - pushed[1]).abs().max() > 0.1
     passes.clear()
     paint(4.0, (300, 800))
-    assert [count for t, count in passes] == [6 if 300 <= t <= 800 else 4 for t, _ in passes]
+    guided = [t for t, count in passes if count == 4]
+    assert passes == [(t, count) for t in guided for count in ([4, 2] if 300 <= t <= 800 else [4])]
 
 
 def test_only_the_nearest_negative_label_counts():
@@ -172,9 +186,71 @@ def test_only_the_nearest_negative_label_counts():
 
     def paint(*negatives):
         options = {"negative_labels": [torch.cat(negatives)], "negative_scale": 2.0}
-        return sample.generate(network, noise_scheduler, labels, [5], "ddim", 4, 1.0, **options)
+        return sampling.generate(network, noise_scheduler, labels, [5], "ddim", 4, 1.0, **options)
 
     assert torch.equal(paint(near), paint(far, near)) and not torch.equal(paint(near), paint(far))
+
+
+def test_lift_tells_right_labels_from_mistaken_ones():
+    """On training pictures; also with a mistake for the label and the label for a mistake."""
+    model, noise_scheduler, _ = load_weights(SHIPPED)
+    data = ICLEVRDataset(PACK, ROOT / "train.json", load_objects())
+    images, labels = to_float(data.images[:12]), data.labels[:12]
+    mistakes = [mistaken_labels(condition, data.objects) for condition in data.conditions[:12]]
+    lifts = sampling.lift(model.eval(), noise_scheduler, images, labels, mistakes)
+    nothing = sampling.lift(model, noise_scheduler, images, labels, [torch.zeros(1, 24)] * 12)
+    assert (lifts > 0).float().mean() >= 0.9 and (nothing > 0).all()
+    first = torch.stack([mistake[0] for mistake in mistakes])
+    swapped = sampling.lift(model, noise_scheduler, images, first, list(labels.split(1)))
+    assert (swapped < 0).float().mean() >= 0.9
+
+
+def test_best_of_keeps_one_of_the_candidates_and_the_better_one(tmp_path, conditions, capsys):
+    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, "--guidance-scale", 2, "--out"]
+    sample.main(list(map(str, [*common, tmp_path / "one"])))
+    sample.main(list(map(str, [*common, tmp_path / "best", "--best-of", 2])))
+    one, best = (to_float(read_pictures(tmp_path / name / "six", 6)) for name in ("one", "best"))
+    kept = (one - best).abs().amax((1, 2, 3)) < 0.02
+    assert 0 < kept.sum() < 6  # some first candidates were the best, others not
+    model, noise_scheduler, _ = load_weights(SHIPPED)
+    chosen, objects = load_conditions(conditions, load_objects()), load_objects()
+    mistakes = [mistaken_labels(condition, objects) for condition in chosen]
+    before, after = (
+        sampling.lift(model.eval(), noise_scheduler, images, multi_hot(chosen, objects), mistakes)
+        for images in (one, best)
+    )
+    assert (after[~kept] > before[~kept]).all()
+    assert json.loads((tmp_path / "best" / "six.json").read_text())["best_of"] == 2
+
+
+def test_the_evaluator_steers_and_is_told(tmp_path, conditions, capsys):
+    """Without labels in the network's guidance, so that there is something to mend."""
+    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 8, "--guidance-scale", 0, "--out"]
+    scores = []
+    for scale in (0, 10):
+        sample.main(list(map(str, [*common, tmp_path / str(scale), "--evaluator-scale", scale])))
+        scores.append(json.loads((tmp_path / str(scale) / "six.json").read_text())["accuracy"])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.endswith("guided by the evaluator: no measure of the model") == (scale > 0)
+    assert scores[1] > scores[0] + 0.2
+
+
+def test_what_a_lab_asks_for_in_one_command(tmp_path, conditions, capsys):
+    out = tmp_path / "out"
+    argv = ["--mode", conditions, "process", "--weights", SHIPPED, "--out", out, "--steps", 12]
+    sample.main(list(map(str, argv)))
+    printed = capsys.readouterr().out
+    assert f"process: {out}/process.png, red sphere, cyan cylinder, cyan cube" in printed
+    assert "accuracy: " in printed and (out / "six.png").exists()
+    strip = np.asarray(Image.open(out / "process.png")).astype(float)
+    assert strip.shape == (64 + 4, 10 * 66 + 2, 3)
+    frames = [strip[2:-2, 2 + 66 * i : 66 * (i + 1)] for i in range(10)]
+    roughness = [np.abs(np.diff(frame, axis=0)).mean() for frame in frames]  # of neighbouring pixels
+    assert roughness == sorted(roughness, reverse=True) and roughness[0] > 50 and roughness[-1] < 10
+    argv = ["--mode", "process", *argv[3:], "--objects", "red sphere", "cyan cube"]
+    sample.main(list(map(str, argv)))
+    other = np.asarray(Image.open(out / "process.png")).astype(float)
+    assert np.abs(other - strip)[:, :66].max() == 0 and np.abs(other - strip)[:, -66:].max() > 50
 
 
 def test_unseen_triples_come_from_the_weights(tmp_path, capsys):
@@ -195,7 +271,11 @@ def test_mistakes_are_one_line(tmp_path, refused):
     ):
         (old / "metadata.json").write_text(json.dumps(metadata | {"unseen": unseen}))
         refused(sample.main, ["--mode", "unseen", "--weights", old], old, words)
-    refused(sample.main, ["--mode", "train"], "train.json: expected a list of lists")
+    refused(sample.main, ["--mode", "test", "--objects", "red cube"], "--objects is for --mode process")
+    refused(
+        sample.main, ["--mode", "process", "--objects", "red cone"], "--objects: unknown object 'red cone'"
+    )
+    refused(sample.main, ["--mode", "test", ROOT / "test.json"], "two lists named test")
     (tmp_path / "mine.json").write_text('[["red cube"]]')
     refused(
         sample.main, ["--mode", tmp_path / "mine.json", "--weights", SHIPPED, "--out", tmp_path], "overwrite"
