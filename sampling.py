@@ -182,7 +182,7 @@ def lift(
 
     The denoising error given a label bounds how unlikely it makes the picture. The lift is that of the other
     label with the least error, of those [K, 24], K > 0, of each picture, less that of its own; above 0 the
-    picture shows what it should. With zeros for other label it is CompLift's (arXiv 2505.13740, equation 8).
+    picture shows what it should. With zeros for other label it is CompLift's (arXiv 2505.13740).
     The noise is the same for all pictures, so candidates may be compared.
     """
     device, generator = images.device, torch.Generator().manual_seed(0)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import render
 from dataset import PACK, ROOT, ICLEVRDataset, load_objects, scene_of, to_float
 from evaluator import evaluation_model, soften
+from metrics import confusions, kind_of
 
 BLUR, NOISE = 0.6, 4  # pixels, grey levels
 HIDDEN = (0, 0.05, 0.25, 0.5, 0.75, 1)  # shares of an object's pixels
@@ -56,29 +57,6 @@ def table(title: str, header: list[str], rows: list[list]):
         print("| " + " | ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row) + " |")
         if i == 0:
             print("|" + "---|" * len(header))
-
-
-def confusions(names: list[str], asked: torch.Tensor, seen: torch.Tensor) -> list[tuple[str, str]]:
-    """What was taken for what in one picture, given its rows [24] of labels; '' stands for nothing."""
-    missed = [names[i] for i in (asked & ~seen).nonzero().flatten()]
-    extra = [names[i] for i in (seen & ~asked).nonzero().flatten()]
-    pairs = []
-    for part in (0, 1):  # the same colour first, then the same shape
-        for name in list(missed):
-            twin = next((e for e in extra if e.split()[part] == name.split()[part]), None)
-            if twin:
-                pairs.append((name, twin))
-                missed.remove(name)
-                extra.remove(twin)
-    return pairs + [(m, "") for m in missed] + [("", e) for e in extra]
-
-
-def kind_of(asked: str, seen: str) -> str:
-    if not seen:
-        return "missed"
-    if not asked:
-        return "seen where there is none"
-    return "shape mistaken" if asked.split()[0] == seen.split()[0] else "colour mistaken"
 
 
 def draw_sheet(path: Path, images: np.ndarray, captions: list[str], columns: int = 8):
