@@ -28,7 +28,7 @@ def clone(tmp_path) -> Path:
     """The project as a new user has it: scripts, label files, pictures, weights."""
     folder = tmp_path / "clone"
     folder.mkdir()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.json")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "report.jinja"]:
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "weights", folder / "weights")
     (folder / "iclevr.npz").symlink_to(ROOT / "iclevr.npz")
