@@ -34,6 +34,9 @@ from dataset import (
 from evaluator import evaluation_model
 from judge import Found, count_colours, find_objects
 
+REPORT = {"conditions", "num_images", "seed", "accuracies", "sampler", "steps", "guidance_scale", "precision"}
+REPORT |= {"weights", "evaluator"}  # what a report of sample.py has at least
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -99,7 +102,7 @@ def load_samples(folder: Path) -> tuple[dict, Judged]:
     """What sample.py painted into `folder`: its report, and the pictures judged. Raises InputError."""
     path = folder.with_suffix(".json")
     report = load_json(path)
-    if not isinstance(report, dict) or not {"conditions", "num_images", "evaluator"} <= report.keys():
+    if not isinstance(report, dict) or not REPORT <= report.keys():
         raise InputError(f"{path}: expected the report that sample.py writes beside its pictures")
     pictures = read_pictures(folder, report["num_images"])
     conditions = [report["conditions"][i % len(report["conditions"])] for i in range(len(pictures))]

@@ -278,6 +278,7 @@ def likeness_section(samples: Judged, held_out: Judged, data: ICLEVRDataset, eva
                 for n in number.unique().tolist()
             }
         ),
+        "pairs_of": int(number.max()),
         "pairs": [
             {
                 "sample": image_url(samples.pictures[i]),
