@@ -207,16 +207,21 @@ def kind_of(asked: str, seen: str) -> str:
     return "shape mistaken" if asked.split()[0] == seen.split()[0] else "colour mistaken"
 
 
+def all_confusions(judged: Judged, names: list[str]) -> list[tuple[str, str]]:
+    """The `confusions` of all pictures, one after the other."""
+    return [
+        pair
+        for asked, seen in zip(judged.labels, judged.seen, strict=True)
+        for pair in confusions(names, asked, seen)
+    ]
+
+
 def confusion_matrix(judged: Judged, names: list[str]) -> torch.Tensor:
     """Counts [25, 25]: rows the object asked for, columns the object that the evaluator saw in its place; the
     last of both stands for none. `names` [24] are those of the labels."""
     index = {name: i for i, name in enumerate(names)} | {"": NUM_OBJECTS}
     right = (judged.labels & judged.seen).nonzero()[:, 1]
-    mistakes = [
-        pair
-        for asked, seen in zip(judged.labels, judged.seen, strict=True)
-        for pair in confusions(names, asked, seen)
-    ]
+    mistakes = all_confusions(judged, names)
     asked, seen = (torch.tensor([index[pair[side]] for pair in mistakes]).long() for side in (0, 1))
     return multiclass_confusion_matrix(torch.cat([right, seen]), torch.cat([right, asked]), NUM_OBJECTS + 1)
 

@@ -37,6 +37,7 @@ from evaluator import evaluation_model
 from judge import count_colours, find_objects
 from metrics import (
     Judged,
+    all_confusions,
     by_number,
     by_object,
     confusion_matrix,
@@ -168,16 +169,10 @@ def list_section(name: str, report: dict, judged: Judged, names: list[str]) -> d
     for picture, right in zip(pictures, both.sum(0).tolist(), strict=True):
         if len(both) > 1:
             picture["right"] = f"right in {right} of {len(both)} seeds"
-    mistakes = collections.Counter(
-        kind_of(*pair)
-        for run in runs
-        for asked, seen in zip(run.labels, run.seen, strict=True)
-        for pair in confusions(names, asked, seen)
-    )
+    mistakes = collections.Counter(kind_of(*pair) for pair in all_confusions(judged, names))
     mistakes["an object too many counted, of a colour asked for"] = sum(
         bool(extra.keys() & {n.split()[0] for n in condition})
-        for run in runs
-        for extra, condition in zip(run.surplus, run.conditions, strict=True)
+        for extra, condition in zip(judged.surplus, judged.conditions, strict=True)
     )
     return {
         "name": name,
@@ -233,18 +228,20 @@ def places(found: list) -> dict[str, np.ndarray]:
     return {"x": rows[:, 0], "y": rows[:, 1], "size": rows[:, 2]}
 
 
-def likeness_section(samples: Judged, held_out: Judged, data: ICLEVRDataset, evaluator) -> dict:
+def likeness_section(
+    folder: Path, samples: Judged, held_out: Judged, data: ICLEVRDataset, evaluator: evaluation_model
+) -> dict:
     """How like renders of the same conditions the samples are, and how near to the training pictures.
 
-    As many of `samples`, `held_out` and the training pictures are compared, from the first on, as there are
-    samples and renders. Raises InputError if they are not of the same conditions.
+    As many of `samples` (in `folder`), of `held_out` and of the training pictures are compared, from the
+    first on, as there are samples and renders. Raises InputError if they are not of the same conditions.
     """
     count = min(len(samples), len(held_out))
     samples, held_out, training = samples.part(range(count)), held_out.part(range(count)), data.images[:count]
     if not samples.conditions == held_out.conditions == data.conditions[:count]:
         raise InputError(
-            "images/train: not the conditions of the training pictures and of the held-out renders, one by "
-            "one; paint them with `python sample.py --mode train`"
+            f"{folder}: not the conditions of the training pictures and of the held-out renders, one by one; "
+            f"paint them with `python sample.py --mode train`"
         )
     real = features(held_out.pictures, evaluator)
     rows = {"samples": samples.pictures, "training pictures": training}
@@ -361,7 +358,8 @@ def build(images: Path, held_out: ICLEVRDataset | None, training: Callable[[], I
         page["held_out"] = {"count": len(judged), "exact": judged.exact.float().mean().item(),
                             "counted": judged.counted.float().mean().item()}  # fmt: skip
         if "train" in samples:
-            page["likeness"] = likeness_section(samples["train"][1], judged, training(), evaluator)
+            compared = (samples["train"][1], judged, training(), evaluator)
+            page["likeness"] = likeness_section(images / "train", *compared)
     return page
 
 

@@ -183,7 +183,7 @@ def test_the_page(samples, tmp_path, refused, capsys):
     stored = (samples / "train.json").read_text()
     turned = json.loads(stored)
     (samples / "train.json").write_text(json.dumps(turned | {"conditions": turned["conditions"][::-1]}))
-    refused(report.main, [samples, "--data", PACK], "train: not the conditions of")
+    refused(report.main, [samples, "--data", PACK], f"{samples / 'train'}: not the conditions of")
     (samples / "train.json").write_text(stored)
     assert not (samples / "report.html").exists()
 
