@@ -4,11 +4,11 @@ Pictures are squashed to 64x64 without crop or padding: both would lose objects 
 """
 
 import argparse
+import collections
 import functools
 import hashlib
 import itertools
 import json
-import lzma
 import math
 import os
 import re
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent  # the label files and weights that ship 
 IMAGE_SIZE = 64
 NUM_OBJECTS = 24
 MAX_OBJECTS = 5  # a CLEVR scene of this kind holds no more
+MAX_PIXELS = 4096 * 4096  # of a picture: one of more is a mistake or a decompression bomb
+Image.MAX_IMAGE_PIXELS = None  # instead of Pillow's own limit, up to twice of which it only warns
 CACHE_NAME = f".pictures-{IMAGE_SIZE}.safetensors"
 MANIFEST_NAME = "manifest.json"
 PACK = ROOT / "iclevr.npz"  # the pictures that ship
@@ -48,24 +50,25 @@ def command(main):
         except InputError as error:
             message = str(error)
         except OSError as error:
-            message = f"{error.filename or 'input/output'}: {error.strerror or error}"
+            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             raise SystemExit(130) from None
-        print(f"error: {message}", file=sys.stderr)
+        print("error:", " ".join(message.splitlines()), file=sys.stderr)
         raise SystemExit(2)
 
     return run
 
 
 def number(kind: type, low: float, high: float = math.inf):
-    """An argparse type: an int or float from `low` to `high`."""
+    """An argparse type: a finite int or float from `low` to `high`."""
 
     def parse(text: str):
-        if not low <= (value := kind(text)) <= high:
+        if not low <= (value := kind(text)) <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
         return value
 
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
     return parse
 
 
@@ -75,47 +78,80 @@ def number(kind: type, low: float, high: float = math.inf):
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        [(name, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shown(name)} stands there twice")
     return result
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
+
+
 def load_json(path: Path | str):
-    """Parse a JSON file. Raises InputError if it is missing, cut off, not UTF-8, or repeats a key."""
-    path = Path(path)
+    """Parse a JSON file. Raises InputError if it is missing or what `parse_json` refuses."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a valid JSON file: {error}") from None
+    return parse_json(text, path)
+
+
+def parse_json(text: str, path: Path | str):
+    """Parse the JSON text of the file `path`. Raises InputError if it is cut off, repeats a key, or holds NaN
+    or an infinite number."""
+    hooks = {"object_pairs_hook": _no_duplicates, "parse_float": _finite, "parse_constant": _finite}
+    try:
+        return json.loads(text, **hooks)
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}: not valid JSON at character {error.pos} of {len(error.doc)}: {error.msg}"
-        ) from None
+        where = f"at character {error.pos} of {len(error.doc)}"
+        raise InputError(f"{path}: not valid JSON {where}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a valid JSON file: {error}") from None
 
 
 def load_objects(path: Path | str = ROOT / "objects.json") -> dict[str, int]:
-    """Read `objects.json`: 24 names, each with its own index in 0..23. Raises InputError."""
+    """Read `objects.json`: 24 names like "red cube", each with its own index in 0..23. Raises InputError."""
     objects = load_json(path)
-    if not isinstance(objects, dict) or sorted(map(str, objects.values())) != sorted(
-        map(str, range(NUM_OBJECTS))
-    ):
+    indices = sorted(map(str, objects.values())) if isinstance(objects, dict) else []
+    if indices != sorted(map(str, range(NUM_OBJECTS))):
         raise InputError(
             f"{path}: expected {NUM_OBJECTS} names with the indices 0 to {NUM_OBJECTS - 1}, each once"
         )
+    for name in objects:
+        if len(name.split()) != 2:
+            raise InputError(f"{path}, entry {shown(name)}: expected a colour and a shape")
     return {name: int(index) for name, index in objects.items()}
+
+
+def shown(value) -> str:
+    """What was found in a file, for an error message, which nothing may make endless."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def check_fields(found, kinds: dict[str, type], path: Path | str) -> dict:
+    """Return `found`, read from `path`, if it has a value of each kind, ints and floats not negative. Raises
+    InputError."""
+    for name, kind in kinds.items():
+        value = found.get(name) if isinstance(found, dict) else found
+        if type(value) is not kind or kind in (int, float) and value < 0:
+            raise InputError(f"{path}, {name}: expected {kind.__name__}, got {shown(value)}")
+    return found
 
 
 def check_condition(condition, objects: dict[str, int], where: str) -> list[str]:
     """Return `condition` if it lists 1 to 5 different known names, else raise InputError with `where`."""
     if not isinstance(condition, list) or not 1 <= len(condition) <= MAX_OBJECTS:
-        raise InputError(f"{where}: expected a list of 1 to {MAX_OBJECTS} objects, got {str(condition)[:80]}")
+        raise InputError(f"{where}: expected a list of 1 to {MAX_OBJECTS} objects, got {shown(condition)}")
     for name in condition:
         if not isinstance(name, str) or name not in objects:
-            raise InputError(f"{where}: unknown object {name!r}, expected a name from objects.json")
+            raise InputError(f"{where}: unknown object {shown(name)}, expected a name from objects.json")
         if condition.count(name) > 1:
-            raise InputError(f"{where}: {name!r} stands there twice, expected different objects")
+            raise InputError(f"{where}: {shown(name)} stands there twice, expected different objects")
     return condition
 
 
@@ -139,7 +175,7 @@ def load_labels(path: Path | str, objects: dict[str, int]) -> dict[str, list[str
         )
     for filename, condition in labels.items():
         scene_of(filename, path)
-        check_condition(condition, objects, f"{path}, entry {filename!r}")
+        check_condition(condition, objects, f"{path}, entry {shown(filename)}")
     return labels
 
 
@@ -187,9 +223,11 @@ def unseen_triples(
 
 def scene_of(filename: str, path: Path | str = "labels") -> str:
     """The scene of a picture: `CLEVR_train_002066_1.png` -> `CLEVR_train_002066`. Raises InputError."""
-    match = re.fullmatch(r"([\w-]+)_(\d+)\.png", filename)
-    if not match:
-        raise InputError(f"{path}, entry {filename!r}: expected a file name like CLEVR_train_002066_1.png")
+    match = re.fullmatch(r"([\w-]+)_(\d+)\.png", filename, re.ASCII)
+    if not match or len(filename) > 255:  # bytes that a file system takes
+        raise InputError(
+            f"{path}, entry {shown(filename)}: expected a file name like CLEVR_train_002066_1.png"
+        )
     return match[1]
 
 
@@ -210,16 +248,29 @@ def file_sha256(path: Path | str) -> str:
 
 
 def read_picture(path: Path) -> torch.Tensor:
-    """Decode an RGB or RGBA picture of any size, squashed to uint8 [3, 64, 64]. Raises InputError."""
+    """Decode an RGB or RGBA PNG of any size, squashed to uint8 [3, 64, 64]. Raises InputError.
+
+    16 bits a channel become 8, and alpha is dropped, as the official pictures are opaque. Palettes, greys and
+    moving pictures are refused: they are none of this data set's.
+    """
+    if not path.is_file():  # nor a pipe, which would wait for ever
+        raise InputError(f"{path}: no such picture")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:  # reads the header alone
+            unfit = None
             if image.mode not in ("RGB", "RGBA"):
-                raise InputError(f"{path}: expected an RGB or RGBA picture, got mode {image.mode}")
-            image = image.convert("RGB")  # alpha is dropped: the official pictures are opaque
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such picture, though the label file names it") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable picture ({' '.join(str(error).split())[:120]})") from None
+                unfit = f"mode {image.mode}"
+            elif image.is_animated:
+                unfit = f"one that moves, of {image.n_frames} frames"
+            elif image.width * image.height > MAX_PIXELS:
+                unfit = f"one of {image.width} x {image.height} pixels"
+            else:
+                image = image.convert("RGB")
+    except Exception as error:  # of many kinds, by what is broken
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: not a readable picture ({reason})") from None
+    if unfit:
+        raise InputError(f"{path}: expected an RGB or RGBA PNG, got {unfit}")
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -227,6 +278,8 @@ def read_picture(path: Path) -> torch.Tensor:
 
 def read_pictures(folder: Path, count: int) -> torch.Tensor:
     """`0.png` to `count - 1.png` of a folder as uint8 [N, 3, 64, 64]. Raises InputError."""
+    for i in (0, count - 1):  # first, so that a count without measure costs nothing
+        read_picture(folder / f"{i}.png")
     with ThreadPoolExecutor() as pool:
         return torch.stack(list(pool.map(lambda i: read_picture(folder / f"{i}.png"), range(count))))
 
@@ -249,8 +302,10 @@ def check_manifest(manifest, where: Path, labels_path: Path) -> int:
     """
     try:
         made_from, done = manifest["labels_sha256"], int(manifest["scenes_done"])
-    except (TypeError, KeyError, ValueError):
-        raise InputError(f"{where}: not a manifest of render.py; render into another folder") from None
+    except (TypeError, KeyError, ValueError, OverflowError):
+        made_from, done = None, -1
+    if done < 0:
+        raise InputError(f"{where}: not a manifest of render.py; render into another folder")
     if made_from != file_sha256(labels_path):
         raise InputError(
             f"{where}: these pictures were rendered from another label file than {labels_path} (SHA-256 "
@@ -285,7 +340,9 @@ def load_pictures(folder: Path, filenames: list[str]) -> torch.Tensor:
     try:
         with safe_open(cache, "pt") as file:
             if file.metadata() == {"key": key.hexdigest()}:
-                return file.get_tensor("images")
+                images = file.get_tensor("images")
+                if images.shape == (len(filenames), 3, IMAGE_SIZE, IMAGE_SIZE):
+                    return images
     except (OSError, SafetensorError):
         pass  # none yet, or cut off: it is made anew
     with ThreadPoolExecutor() as pool:
@@ -333,19 +390,27 @@ def save_pack(path: Path, data: "ICLEVRDataset", manifest: dict):
         temporary.unlink(missing_ok=True)
 
 
-BAD_PACK = (zipfile.BadZipFile, lzma.LZMAError, LookupError, ValueError, EOFError, TypeError, MemoryError)
-
-
-def load_pack(path: Path) -> tuple[torch.Tensor, dict]:
-    """Pictures, uint8 [N, 3, 64, 64], and manifest of a file made by `save_pack`. Raises InputError."""
+def load_pack(
+    path: Path, labels_path: Path, labels: dict[str, list[str]]
+) -> tuple[torch.Tensor, dict, dict[str, list[str]]]:
+    """Pictures, uint8 [N, 3, 64, 64], manifest, and the part of `labels` that they belong to, of a file made
+    by `save_pack`. Raises InputError if it is broken, of other labels, or unpacks to more than it should."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            manifest = json.loads(str(file["manifest"]))
+            sizes = {member.filename: member.file_size for member in file.zip.infolist()}
+            if sizes["manifest.npy"] > 100_000:
+                raise ValueError(f"a manifest of {sizes['manifest.npy']:,} bytes")
+            manifest = parse_json(str(file["manifest"]), path)
+            present = first_scenes(labels, check_manifest(manifest, path, labels_path))
+            if sizes["differences.npy"] > len(present) * 3 * IMAGE_SIZE**2 + 1000:
+                raise ValueError(f"{sizes['differences.npy']:,} bytes for {len(present):,} pictures")
             images = file["differences"]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a pack made by `python render.py --pack`") from None
-    except BAD_PACK as error:
-        reason = " ".join(str(error).split())[:120]
+    except InputError:
+        raise
+    except Exception as error:  # of many kinds, by what is broken
+        reason = " ".join(str(error).split())[:160]
         raise InputError(f"{path}: not a pack made by `python render.py --pack` ({reason})") from None
     if images.dtype != np.uint8 or images.ndim != 5 or images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         got = f"{images.dtype} {images.shape}"
@@ -354,7 +419,7 @@ def load_pack(path: Path) -> tuple[torch.Tensor, dict]:
         images[:, step] += images[:, step - 1]
     for scene in images:
         np.cumsum(scene, axis=2, dtype=np.uint8, out=scene)
-    return torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2), manifest
+    return torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2), manifest, present
 
 
 def default_data() -> Path:
@@ -375,8 +440,7 @@ class ICLEVRDataset(Dataset):
         source, labels_path = Path(source), Path(labels_path)
         present = labels = load_labels(labels_path, objects)
         if source.suffix == ".npz":
-            self.images, self.manifest = load_pack(source)  # [N, 3, 64, 64]
-            present = first_scenes(labels, check_manifest(self.manifest, source, labels_path))
+            self.images, self.manifest, present = load_pack(source, labels_path, labels)  # [N, 3, 64, 64]
             if len(self.images) != len(present):
                 raise InputError(f"{source}: {len(self.images)} pictures for {len(present)} of {labels_path}")
         elif source.is_dir():
@@ -397,6 +461,13 @@ class ICLEVRDataset(Dataset):
         self.filenames = list(present)
         self.conditions = list(present.values())
         self.labels = multi_hot(self.conditions, objects)  # [N, 24]
+
+    def sha256(self) -> str:
+        """A hash of all pictures: file names and label file may stay as they are while these change."""
+        digest = hashlib.sha256()
+        for part in self.images.split(1000):
+            digest.update(part.contiguous().numpy())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.images)

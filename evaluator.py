@@ -9,9 +9,8 @@ From code: `evaluation_model().eval(images, labels)`, as in the lab's own evalua
 
 import argparse
 import hashlib
+import io
 import math
-import os
-import pickle
 import warnings
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torchvision.models import resnet18
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
+from checkpoint import write_whole
 from dataset import (
     NUM_OBJECTS,
     ROOT,
@@ -36,6 +36,7 @@ from dataset import (
     multi_hot,
     number,
     read_picture,
+    shown,
     split_by_scene,
     to_float,
 )
@@ -65,14 +66,17 @@ def load_checkpoint(path: Path) -> dict:
     Raises InputError if the file is missing, broken, or holds anything but tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what is not a checkpoint
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected the evaluator's weights") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, by what is broken
         data = Path(path).read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == OFFICIAL_BLOB:
             return torch.load(path, map_location="cpu", weights_only=False)
-        reason = " ".join(str(error).split())[:120]
+        reason = type(error).__name__  # what PyTorch says advises to run the code in it
         raise InputError(f"{path}: not a checkpoint of tensors and plain values ({reason})") from None
 
 
@@ -87,11 +91,15 @@ class evaluation_model:  # noqa: N801 - the lab's name, which its users' code im
         checkpoint = load_checkpoint(self.path)
         try:
             self.resnet18.load_state_dict(checkpoint["model"])
-        except (RuntimeError, KeyError, TypeError, AttributeError):
+        except Exception:  # of many kinds, by what it is instead
             raise InputError(
                 f"{self.path}: expected a ResNet18 with fc.0 of {NUM_OBJECTS} under the key 'model'"
             ) from None
-        self.threshold = float(checkpoint.get("threshold", 0.5))  # a probability above it: object seen
+        if not all(tensor.isfinite().all() for tensor in self.resnet18.state_dict().values()):
+            raise InputError(f"{self.path}, model: expected finite numbers")
+        self.threshold = checkpoint.get("threshold", 0.5)  # a probability above it: object seen
+        if not isinstance(self.threshold, float) or not 0 <= self.threshold <= 1:
+            raise InputError(f"{self.path}, threshold: expected one of 0 to 1, got {shown(self.threshold)}")
         self.resnet18.to(self.device).eval()
         self.has_warned = False
 
@@ -271,8 +279,8 @@ def main(argv: list[str] | None = None):
         filenames = [f for s in sets for f in s.filenames]
         checkpoint = train(images, labels, filenames, args.epochs, args.seed, precision)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, temporary := args.out.with_suffix(".tmp"))
-        os.replace(temporary, args.out)
+        torch.save(checkpoint, content := io.BytesIO())
+        write_whole(args.out, content.getvalue())
         print(
             f"{args.out}: trained on {checkpoint['pictures']:,} pictures, threshold {checkpoint['threshold']}"
         )

@@ -24,6 +24,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from dataset import (
     NUM_OBJECTS,
     InputError,
+    check_condition,
+    check_fields,
     command,
     load_json,
     load_objects,
@@ -33,9 +35,10 @@ from dataset import (
 )
 from evaluator import evaluation_model
 from judge import Found, count_colours, find_objects
+from sampling import RANGES, check_options
 
-REPORT = {"conditions", "num_images", "seed", "accuracies", "sampler", "steps", "guidance_scale", "precision"}
-REPORT |= {"weights", "evaluator"}  # what a report of sample.py has at least
+REPORT = {"conditions": list, "num_images": int, "seed": int, "accuracies": list, "precision": str}
+REPORT |= {"weights": str, "evaluator": str}  # what a report of sample.py has at least
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,17 @@ def judge(pictures: torch.Tensor, conditions: list[list[str]], evaluator: evalua
 def load_samples(folder: Path) -> tuple[dict, Judged]:
     """What sample.py painted into `folder`: its report, and the pictures judged. Raises InputError."""
     path = folder.with_suffix(".json")
-    report = load_json(path)
-    if not isinstance(report, dict) or not REPORT <= report.keys():
-        raise InputError(f"{path}: expected the report that sample.py writes beside its pictures")
-    pictures = read_pictures(folder, report["num_images"])
-    conditions = [report["conditions"][i % len(report["conditions"])] for i in range(len(pictures))]
+    report, objects = load_json(path), load_objects()
+    if not isinstance(report, dict) or not report.get("accuracies"):
+        raise InputError(f"{path}: expected the report that sample.py writes beside a list it painted whole")
+    conditions, count = (check_fields(report, REPORT, path)[name] for name in ("conditions", "num_images"))
+    check_options({name: report[name] for name in ("sampler", *RANGES) if name in report}, str(path))
+    if not conditions or not count or not all(type(x) is float for x in report["accuracies"]):
+        raise InputError(f"{path}: expected conditions, a number of pictures, accuracies")
+    for i, condition in enumerate(conditions):
+        check_condition(condition, objects, f"{path}, conditions, entry {i}")
+    pictures = read_pictures(folder, count)
+    conditions = [conditions[i % len(conditions)] for i in range(count)]
     return report, judge(pictures, conditions, evaluation_model(report["evaluator"]))
 
 

@@ -1,15 +1,19 @@
 """The network, a diffusers UNet told what to paint by a multi-hot label; presets; how it runs on a device."""
 
+import inspect
 import os
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch.nn import functional as F
 
-from dataset import IMAGE_SIZE, NUM_OBJECTS, InputError
+from dataset import IMAGE_SIZE, NUM_OBJECTS, InputError, load_json, shown
 
 
 class ConditionalUNet(ModelMixin, ConfigMixin):
@@ -33,6 +37,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
         resnet_time_scale_shift: str = "default",
     ):
         super().__init__()
+        if IMAGE_SIZE % patch_size:
+            raise ValueError(f"patches of {patch_size} do not divide {IMAGE_SIZE}")
         self.unet = UNet2DModel(
             sample_size=IMAGE_SIZE // patch_size,
             in_channels=3 * patch_size**2,
@@ -106,6 +112,64 @@ PRESETS: dict[str, dict] = {
 def build(preset: str) -> tuple[ConditionalUNet, DDPMScheduler]:
     """The network, freshly initialised by torch's global generator, and the noise scheduler of a preset."""
     return ConditionalUNet(**PRESETS[preset]["network"]), DDPMScheduler(**PRESETS[preset]["scheduler"])
+
+
+def fits(value, default) -> bool:
+    """Whether a value of a config file is of the type and size of those that go where `default` stands."""
+    if isinstance(default, tuple):
+        return isinstance(value, list) and 1 <= len(value) <= 16 and all(fits(v, default[0]) for v in value)
+    if isinstance(default, float):
+        return type(value) in (int, float) and 0 <= value <= 1
+    if type(default) is int:
+        return type(value) is int and 0 <= value <= 4096
+    return type(value) is type(default)
+
+
+def load_config(path: Path, kind: type) -> dict:
+    """The arguments of the diffusers class `kind` in a config file of it, checked against their defaults.
+    Raises InputError."""
+    config = load_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected the arguments of {kind.__name__}")
+    config = {name: value for name, value in config.items() if not name.startswith("_")}  # diffusers' notes
+    defaults = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items()}
+    for name, value in config.items():
+        if name == "self" or name not in defaults:
+            raise InputError(f"{path}, entry {shown(name)}: no argument of {kind.__name__}")
+        if not fits(value, defaults[name]):
+            raise InputError(f"{path}, {name}: expected one like {defaults[name]!r}, got {shown(value)}")
+    return config
+
+
+def load_network(path: Path) -> ConditionalUNet:
+    """The network of a config file, without weights: on the meta device, and seen to work there, so that a
+    file asking for more than there is costs nothing. Raises InputError."""
+    config = load_config(path, ConditionalUNet)
+    if (layers := config.get("layers_per_block", 1)) > 16:
+        raise InputError(f"{path}, layers_per_block: expected up to 16, got {layers}")
+    try:
+        with torch.device("meta"), torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            model = ConditionalUNet(**config)
+            model(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), torch.zeros(1), torch.zeros(1, NUM_OBJECTS))
+    except Exception as error:  # of many kinds, by what does not go together
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{path}: no network for {IMAGE_SIZE}x{IMAGE_SIZE} pictures ({reason})") from None
+    return model
+
+
+def load_noise_scheduler(path: Path) -> DDPMScheduler:
+    """The noise scheduler of a config file. Raises InputError."""
+    config = load_config(path, DDPMScheduler)
+    for name, known in {
+        "num_train_timesteps": [1000],
+        "prediction_type": ["epsilon", "v_prediction"],
+    }.items():
+        if (value := config.get(name, known[0])) not in known:
+            raise InputError(f"{path}, {name}: expected {' or '.join(map(str, known))}, got {shown(value)}")
+    try:
+        return DDPMScheduler(**config)
+    except Exception as error:
+        raise InputError(f"{path}: no noise schedule ({error})") from None
 
 
 # ------------------------------------------------------------------------------------ how it runs on a device
@@ -189,3 +253,21 @@ def choose_setup(device: torch.device, precision: str | None, passes: int, train
         compile_mode = "default" if training else "reduce-overhead"
         why_compile = "static shapes"
     return Setup(device, precision, memory_format, compile_mode, (why_precision, why_format, why_compile))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device, or without CUDA the machine, has too little memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def out_of_memory(batch_size: int, grad_accum: int, processes: int) -> str:
+    """What to say and to try where training had too little memory."""
+    share = batch_size // processes
+    parts = next((n for n in range(2, share + 1) if share % n == 0), None)
+    line = f"{PartialState().device.type}: out of memory with --batch-size {batch_size}; "
+    if not parts:
+        return line + "not even one picture at a time fits"
+    smaller = f"--batch-size {batch_size // parts} --grad-accum {grad_accum * parts}"
+    return f"{line}try {smaller}, which gives the same result"

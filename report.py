@@ -31,7 +31,7 @@ from scipy.stats import ks_2samp
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from checkpoint import METADATA_NAME, newest
+from checkpoint import METADATA_NAME, newest, write_whole
 from dataset import HELD_OUT, ROOT, ICLEVRDataset, InputError, command, default_data, load_json, load_objects
 from evaluator import evaluation_model
 from judge import count_colours, find_objects
@@ -384,9 +384,7 @@ def main(argv: list[str] | None = None):
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((ROOT / "report.jinja").read_text(encoding="utf-8"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(template.render(page | {"figures": figures}), encoding="utf-8")
-    os.replace(temporary, out)
+    write_whole(out, template.render(page | {"figures": figures}).encode())
     print(f"{out}: {len(page['rows'])} lists, {out.stat().st_size / 1e6:.1f} MB")
 
 

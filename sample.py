@@ -12,23 +12,35 @@ import datetime
 import json
 import math
 import statistics
+import sys
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from checkpoint import SHIPPED, load_weights, newest_weights
+from checkpoint import (
+    SHIPPED,
+    fingerprint,
+    load_weights,
+    lock,
+    missing_pictures,
+    newest_weights,
+    start_list,
+    write_picture,
+    write_whole,
+)
 from dataset import (
     NUM_OBJECTS,
     ROOT,
     InputError,
     check_condition,
     command,
+    file_sha256,
     load_conditions,
     load_objects,
     mistaken_labels,
@@ -40,13 +52,12 @@ from dataset import (
     twin_labels,
 )
 from evaluator import evaluation_model
-from model import choose_setup
-from sampling import SAMPLERS, batch_size_for, generate, lift, picture_seed, prepare
+from model import choose_setup, is_out_of_memory
+from sampling import RANGES, SAMPLERS, batch_size_for, generate, lift, picture_seed, prepare
 
 PROCESS = ["red sphere", "cyan cylinder", "cyan cube"]  # what labs want to see come out of the noise
 STRIP = 10  # pictures of it
-SAMPLING = ("sampler", "steps", "guidance_scale", "guidance_interval")  # options that weights may bring along
-SAMPLING += ("negative_scale", "negative_interval", "evaluator_scale")
+CODE = ("sample.py", "sampling.py", "model.py", "dataset.py")  # that decides what the pictures look like
 
 
 def describe(folder: Path, metadata: dict) -> str:
@@ -83,22 +94,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--evaluator", type=Path, help="default: checkpoint.pth if it is there, else weights/evaluator.pth")
 
     group = parser.add_argument_group("sampling (defaults: what the weights were made for)")
-    add, scale = group.add_argument, number(float, 0, 100)
-    interval = {"type": number(float, 0, 1000), "nargs": 2, "metavar": ("LOW", "HIGH")}
+    add, kinds = group.add_argument, {name: number(float, *RANGES[name]) for name in RANGES}
+    interval = {"nargs": 2, "metavar": ("LOW", "HIGH")}
     add("--sampler", choices=SAMPLERS)
-    add("--steps", type=number(int, 1, 1000), help="denoising steps, 1 to 1000")
-    add("--guidance-scale", type=scale, help="1: no guidance")
-    add("--guidance-interval", **interval, help="timesteps from LOW (clear) to HIGH (noise) that are guided")
-    add("--negative-scale", type=scale,
+    add("--steps", type=number(int, *RANGES["steps"]), help="denoising steps, 1 to 1000")
+    add("--guidance-scale", type=kinds["guidance_scale"], help="1: no guidance")
+    add("--guidance-interval", type=kinds["guidance_interval"], **interval,
+        help="timesteps from LOW (clear) to HIGH (noise) that are guided")  # fmt: skip
+    add("--negative-scale", type=kinds["negative_scale"],
         help="push away from two objects of a colour having one shape; 0: do not")  # fmt: skip
-    add("--negative-interval", **interval, help="timesteps of that")
+    add("--negative-interval", type=kinds["negative_interval"], **interval, help="timesteps of that")
     add("--best-of", type=number(int, 1, 100), default=1, metavar="N",
         help="paint N candidates and keep the one that fits its label best by the model's own denoising "
         "error, without the evaluator (default: 1)")  # fmt: skip
     add("--lift-over", choices=("mistakes", "unconditional"), default="mistakes",
         help="of what --best-of compares a label's error with: labels with an object in another shape or "
         "twice, or none at all, which is blind to copies (default: %(default)s)")  # fmt: skip
-    add("--evaluator-scale", type=scale,
+    add("--evaluator-scale", type=kinds["evaluator_scale"],
         help="steer by the evaluator: the accuracy then says nothing about the model; 0: do not")  # fmt: skip
     args = parser.parse_args(argv)
     if args.objects and "process" not in args.mode:
@@ -122,29 +134,34 @@ def load_list(mode: str, args: argparse.Namespace, unseen: list, objects: dict[s
     return path, load_conditions(path, objects)
 
 
-def clear(target: Path):
-    """Remove what an earlier list left in `target`: it would pass for pictures of this one."""
-    for old in [target.with_suffix(".json"), target.with_suffix(".png"), *target.glob("*.png")]:
-        if old.parent != target or old.stem.isdigit():
-            old.unlink(missing_ok=True)
+def paint_list(paint, conditions, target: Path, settings: dict, passes: int, state) -> dict:
+    """Write the pictures of a list that are missing in `target`, each process its share.
 
-
-def paint_list(paint, conditions, wanted: range, target: Path, size: int, passes: int, state) -> float:
-    """Write the `wanted` pictures of a list into `target`, each process its share; returns the seconds."""
-    if state.is_main_process:
-        target.mkdir(exist_ok=True)
-        clear(target)
+    Returns the list's report, `settings` and, of the newest run that had any to paint, how many and how long
+    it took. A batch of which a picture is missing is painted whole, so that what is written does not depend
+    on where an earlier run was stopped.
+    """
+    report = start_list(target, settings) if state.is_main_process else {}
     state.wait_for_everyone()
-    batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    missing, size = set(missing_pictures(target, settings["num_images"])), settings["batch_size"]
+    state.wait_for_everyone()  # before the first writes one
+    batches = [range(settings["num_images"])[i : i + size] for i in range(0, settings["num_images"], size)]
+    batches = [batch for batch in batches if missing.intersection(batch)]
     mine = batches[state.process_index :: state.num_processes]
     start, quiet = time.perf_counter(), not state.is_main_process
     with tqdm(total=passes * len(mine), unit="step", disable=quiet, leave=False) as bar:
         for indices in mine:
             images = paint(conditions, indices, lambda _: bar.update())
             for i, image in zip(indices, to_uint8(images).cpu(), strict=True):
-                to_pil_image(image).save(target / f"{i}.png")
+                if i in missing:
+                    write_picture(target / f"{i}.png", image)
     state.wait_for_everyone()
-    return time.perf_counter() - start
+    seconds, how = time.perf_counter() - start, "all there before"
+    if missing:
+        report |= {"painted": len(missing), "seconds": round(seconds, 2)}
+        how = f"{len(missing)} painted in {seconds:.1f} s, {len(missing) / seconds:.2f} a second"
+    state.print(f"pictures: {target}/0.png to {settings['num_images'] - 1}.png ({how})")
+    return report
 
 
 def score(evaluator: evaluation_model, target: Path, conditions: list[list[str]], report: dict):
@@ -160,16 +177,15 @@ def score(evaluator: evaluation_model, target: Path, conditions: list[list[str]]
             found = evaluator.probabilities(to_float(part))
             accuracies.append(evaluator.compute_acc(found, labels[: len(part)]))
             exact_sets.append(evaluator.exact_set(found, labels[: len(part)]))
-    to_pil_image(make_grid(pictures[: len(labels)], nrow=8)).save(target.with_suffix(".png"))
+    write_picture(target.with_suffix(".png"), make_grid(pictures[: len(labels)], nrow=8))
     mean, exact_set, runs = statistics.mean(accuracies), statistics.mean(exact_sets), len(accuracies)
     deviation = statistics.stdev(accuracies) if runs > 1 else None
     scores = {"accuracy": mean, "standard_deviation": deviation, "exact_set": exact_set}
     scores |= {"accuracies": accuracies, "exact_sets": exact_sets, "evaluator": str(evaluator.path)}
-    report = scores | report | {"conditions": conditions}
-    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    report = report | scores | {"date": datetime.date.today().isoformat()}
+    write_whole(target.with_suffix(".json"), (json.dumps(report, indent=1) + "\n").encode())
 
-    rate = f"{report['seconds']:.1f} s, {report['num_images'] / report['seconds']:.2f} a second"
-    print(f"pictures: {target}/0.png to {report['num_images'] - 1}.png ({rate}), grid: {target}.png")
+    print(f"grid: {target}.png, report: {target}.json")
     spread = f" (mean of {runs} seeds, standard deviation {deviation:.4f})" if deviation is not None else ""
     by = ", guided by the evaluator: no measure of the model" if report.get("evaluator_scale") else ""
     print(f"accuracy: {mean:.4f}{spread}, exact set: {exact_set:.4f}{by}")
@@ -189,7 +205,8 @@ def main(argv: list[str] | None = None):
     args.weights = args.weights or newest_weights()
     model, noise_scheduler, metadata = load_weights(args.weights)
     state.print(describe(args.weights, metadata))
-    options = metadata["sampling"] | {n: getattr(args, n) for n in SAMPLING if getattr(args, n) is not None}
+    given = {name: getattr(args, name) for name in ("sampler", *RANGES)}
+    options = metadata["sampling"] | {name: value for name, value in given.items() if value is not None}
     objects, evaluator = load_objects(), evaluation_model(args.evaluator, state.device)
     lists = [load_list(mode, args, metadata.get("unseen", []), objects) for mode in args.mode]
     names = [path.stem for path, _ in lists]
@@ -227,27 +244,39 @@ def main(argv: list[str] | None = None):
         lifts = [lift(eager_model, noise_scheduler, images, labels, others) for images in candidates]
         return torch.stack(candidates)[torch.stack(lifts).argmax(0), torch.arange(len(own))]
 
+    facts = {"precision": setup.precision, "batch_size": size, "weights": str(args.weights)}
+    facts |= {"model": metadata["model"], "pictures_seen": metadata["pictures_seen"]}
+    facts |= {"device": device_name(state.device), "weights_sha256": fingerprint(args.weights)}
+    facts |= {f"{name}_sha256": file_sha256(ROOT / name) for name in CODE}
+    facts |= {name: version(name) for name in ("torch", "diffusers")}
     for (path, conditions), amount in zip(lists, amounts, strict=True):
         target = args.out / path.stem  # folder of pictures; grid and report beside it
-        args.out.mkdir(parents=True, exist_ok=True)
         if path.name == "process":
             if state.is_main_process:
+                target.parent.mkdir(parents=True, exist_ok=True)
                 frames = []
                 frames.append(paint(conditions, range(1), frames.append, best_of=1))
-                to_pil_image(strip(frames)).save(target.with_suffix(".png"))
+                write_picture(target.with_suffix(".png"), strip(frames))
                 print(f"process: {target}.png, {', '.join(conditions[0])}")
             continue
-        seconds = paint_list(paint, conditions, range(amount), target, size, passes, state)
-        if state.is_main_process:
-            report = {"labels": path.name, "num_images": amount, "seed": args.seed, **options}
-            if args.best_of > 1:
-                report |= {"best_of": args.best_of, "lift_over": args.lift_over}
-            report |= {"precision": setup.precision, "seconds": round(seconds, 2)}
-            report |= {"weights": str(args.weights), "model": metadata["model"]}
-            report |= {"pictures_seen": metadata["pictures_seen"], "device": device_name(state.device)}
-            report |= {name: version(name) for name in ("torch", "diffusers")}
-            report |= {"date": datetime.date.today().isoformat()}
-            score(evaluator, target, conditions, report)
+        settings = {"labels": path.name, "num_images": amount, "seed": args.seed, **options}
+        if args.best_of > 1:
+            settings |= {"best_of": args.best_of, "lift_over": args.lift_over}
+        if options.get("evaluator_scale"):
+            settings |= {"evaluator_sha256": file_sha256(evaluator.path)}
+        settings |= facts | {"conditions": conditions}
+        with lock(target) if state.is_main_process else nullcontext():
+            try:
+                report = paint_list(paint, conditions, target, settings, passes, state)
+            except KeyboardInterrupt:
+                print(f"{target}: stopped; the same command paints what is missing", file=sys.stderr)
+                raise SystemExit(130) from None
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise InputError(f"{state.device}: out of memory; try --batch-size {size // 2}") from None
+            if state.is_main_process:
+                score(evaluator, target, conditions, report)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from dataset import IMAGE_SIZE
+from dataset import IMAGE_SIZE, InputError, shown
 from model import ConditionalUNet, Setup
 
 # `from_config` does not carry `clip_sample` to the others: thresholding at 1 clamps x_0 just so.
@@ -26,7 +26,34 @@ SAMPLERS = {
     "unipc": (UniPCMultistepScheduler, _CLAMP),  # arXiv 2302.04867
 }
 STOCHASTIC = ("ddpm", "sde-dpmsolver++")  # these draw noise on their way; from their mistakes they recover
+RANGES = {  # of the options of `generate`; both bounds of an interval
+    "steps": (1, 1000),
+    "guidance_scale": (0, 100),
+    "guidance_interval": (0, 1000),
+    "negative_scale": (0, 100),
+    "negative_interval": (0, 1000),
+    "evaluator_scale": (0, 100),
+}
 Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # images, timesteps, labels
+
+
+def check_options(options, where: str):
+    """Raise InputError unless `options`, which weights bring along, are some that `generate` takes."""
+    if not isinstance(options, dict) or not {"sampler", "steps", "guidance_scale"} <= options.keys():
+        raise InputError(f"{where}: expected sampler, steps and guidance_scale, got {shown(options)}")
+    for name, value in options.items():
+        if name not in ("sampler", *RANGES):
+            raise InputError(f"{where}, {shown(name)}: no option of sampling")
+        if name == "sampler":
+            is_right, expected = value in list(SAMPLERS), f"one of {', '.join(SAMPLERS)}"
+        else:
+            (low, high), count = RANGES[name], 2 if name.endswith("_interval") else 1
+            kinds = (int,) if name == "steps" else (int, float)
+            values = value if count == 2 and isinstance(value, list) else [value]
+            is_right = len(values) == count and all(type(v) in kinds and low <= v <= high for v in values)
+            expected = f"{'two numbers' if count == 2 else 'a number'} from {low} to {high}"
+        if not is_right:
+            raise InputError(f"{where}, {shown(name)}: expected {expected}, got {shown(value)}")
 
 
 def prepare(model: ConditionalUNet, setup: Setup) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -14,15 +14,21 @@ import copy
 import functools
 import json
 import math
+import signal
+import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from diffusers import DDPMScheduler
 from timm.optim import Muon
 from torch.nn import functional as F
-from torchvision.utils import make_grid, save_image
+from torch.nn.utils import get_total_norm
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import checkpoint
@@ -40,10 +46,11 @@ from dataset import (
     multi_hot,
     number,
     to_float,
+    to_uint8,
     twin_labels,
     unseen_triples,
 )
-from model import PRESETS, Setup, build, choose_setup
+from model import PRESETS, Setup, build, choose_setup, is_out_of_memory, out_of_memory
 from sampling import generate, picture_seed
 
 LOG_EVERY = 10  # steps
@@ -136,23 +143,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def recipe_of(args: argparse.Namespace) -> dict:
-    """What decides the result of a run: it may not change when the run goes on."""
-    names = ["model", "seed", "mixed_precision", "batch_size", "grad_accum", *PRESETS[args.model]["training"]]
-    recipe = {name: getattr(args, name) for name in dict.fromkeys(names) if name != "epochs"}
+    """What decides the result of a run, but for rounding: it may not change when the run goes on."""
+    names = ["model", "seed", "mixed_precision", *PRESETS[args.model]["training"]]
+    recipe = {name: getattr(args, name) for name in names if name not in ("epochs", "batch_size")}
+    recipe["batch_size * grad_accum"] = args.batch_size * args.grad_accum
     if args.lr_schedule != "constant":
         recipe["max_steps"] = args.max_steps
     return recipe | {"init": str(args.init) if args.init else None}
-
-
-def check_resume(folder: Path, recipe: dict, data: dict):
-    """Raise InputError if the run in `folder` was started with another recipe or other pictures."""
-    before = checkpoint.load_json(folder / checkpoint.METADATA_NAME)
-    before = before["recipe"] | before["data"]
-    for name, value in (recipe | data).items():
-        if before.get(name) != value:
-            raise InputError(
-                f"{folder.parent}: began with {name} {before.get(name)}, now {value}; choose another --out"
-            )
 
 
 def announce(
@@ -190,16 +187,8 @@ def is_due(done: int, every: int, args: argparse.Namespace) -> bool:
     return every > 0 and (done % every == 0 or done == args.max_steps)
 
 
-def open_log(path: Path, step: int):
-    """Open log.jsonl to append, without what a stopped run wrote past `step`."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
-    return path.open("a", buffering=1)
-
-
 def sample_grid(
-    path: Path, model: torch.nn.Module, noise_scheduler, metadata: dict, accelerator: Accelerator
+    path: Path, model: torch.nn.Module, noise_scheduler, sampling: dict, accelerator: Accelerator
 ):
     """Paint eight validation conditions from the same noise each time: a quick look, with few steps."""
     conditions = load_conditions(ROOT / "validation.json", objects := load_objects())[::8]
@@ -207,15 +196,140 @@ def sample_grid(
     negatives = [twin_labels(condition, objects) for condition in conditions]
     seeds = [picture_seed(0, i) for i in range(len(labels))]
     model.eval()
-    options = metadata["sampling"] | {"sampler": "dpmsolver++", "steps": 15}
+    options = sampling | {"sampler": "dpmsolver++", "steps": 15}
     with accelerator.autocast():
         images = generate(model, noise_scheduler, labels, seeds, **options, negative_labels=negatives)
     model.train()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(make_grid(images / 2 + 0.5, nrow=8), path)
+    checkpoint.write_picture(path, make_grid(to_uint8(images).cpu(), nrow=8))
+
+
+def not_finite(out: Path, step: int, loss: float, norm: float, filenames: list[str]) -> str:
+    """What to say of a step that would have spoilt the weights."""
+    saved = checkpoint.checkpoints(out)
+    return (
+        f"{out}: loss {loss:.4g}, gradient norm {norm:.4g} in step {step + 1:,}, stopped before the weights "
+        f"were touched; last good checkpoint: {saved[-1] if saved else 'none yet'}; try a lower "
+        f"--learning-rate in another --out; pictures of the step: {', '.join(filenames)}"
+    )
+
+
+@contextmanager
+def explained(args: argparse.Namespace, processes: int) -> Iterator[None]:
+    """Say in an InputError how to go on where memory or disk ended a run."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{args.out}: {error}; the same command goes on from the last checkpoint") from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(out_of_memory(args.batch_size, args.grad_accum, processes)) from None
 
 
 # --------------------------------------------------------------------------------------------------- training
+
+
+def train(
+    args: argparse.Namespace,
+    data: ICLEVRDataset,
+    model: torch.nn.Module,
+    noise_scheduler: DDPMScheduler,
+    metadata: dict,
+    setup: Setup,
+    accelerator: Accelerator,
+    stop: list[int],
+):
+    """Train `model` in args.out, from its newest checkpoint on, until the last step or until `stop` holds a
+    signal. `metadata`: what checkpoints are to say of the run, but for the step."""
+    device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
+    ema_model = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else model
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.learning_rate)
+    first_step, losses, pictures_before = 0, [], metadata["pictures_seen"]
+    if checkpoint.checkpoints(args.out):
+        before = checkpoint.resume(checkpoint.newest(args.out), model, ema_model, optimizer, metadata)
+        first_step, losses = before["step"], before["losses"]
+        if first_step >= args.max_steps:
+            accelerator.print(f"{args.out}: was finished, with {first_step:,} steps; nothing to do")
+            return
+        accelerator.print(f"{args.out}: goes on at step {first_step:,} of {args.max_steps:,}")
+    bare_model = model  # not wrapped for several processes, not compiled
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if setup.compile_mode:
+        model = torch.compile(model, mode=setup.compile_mode, dynamic=False)
+    if args.log_with:
+        accelerator.init_trackers("logs")
+    if is_main:
+        log = checkpoint.open_log(args.out / "log.jsonl", first_step)
+    images, labels = data.images.to(device), data.labels.to(device)  # uint8 [N, 3, 64, 64], float32 [N, 24]
+    batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
+    num_timesteps, steps = noise_scheduler.config.num_train_timesteps, range(first_step, args.max_steps)
+    last_logged, last_time = first_step, time.perf_counter()
+
+    with tqdm(steps, initial=first_step, total=args.max_steps, disable=not is_main, unit="step") as bar:
+        for step in bar:
+            # All draws of a step follow from (seed, step). Every process draws the whole batch and works on
+            # its share, so the number of processes changes nothing.
+            torch.manual_seed(seed_of(args.seed, step))
+            batch = batch_indices(step, batch_size, len(images), args.seed).to(device, non_blocking=True)
+            clean, label = to_float(images[batch]), labels[batch]  # [B, 3, 64, 64] in [-1, 1], [B, 24]
+            noise = torch.randn_like(clean)
+            timesteps = torch.randint(num_timesteps, (batch_size,), device=device)
+            if args.timestep_sampling == "logit-normal":  # more of the middle (arXiv 2403.03206, section 3.1)
+                timesteps = (num_timesteps * torch.randn(batch_size, device=device).sigmoid()).long()
+            label = label * (torch.rand(batch_size, 1, device=device) >= args.label_dropout)  # zeros: none
+            noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+            target = noise
+            if noise_scheduler.config.prediction_type == "v_prediction":
+                target = noise_scheduler.get_velocity(clean, noise, timesteps)
+
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            loss, size = torch.zeros((), device=device), args.batch_size // processes
+            for start in range(accelerator.process_index * size, batch_size, args.batch_size):
+                share = slice(start, start + size)
+                with accelerator.accumulate(model):
+                    prediction = model(noisy[share], timesteps[share], label[share])
+                    part = F.mse_loss(prediction.float(), target[share])
+                    accelerator.backward(part)
+                loss += part.detach() / args.grad_accum
+            norm = get_total_norm([p.grad for p in bare_model.parameters()])
+            found = torch.stack([loss, norm, torch.full_like(loss, len(stop))])
+            loss, norm, is_stopping = accelerator.reduce(found, "mean").tolist()  # the one wait in a step
+            if not math.isfinite(loss + norm):
+                raise InputError(not_finite(args.out, step, loss, norm, [data.filenames[i] for i in batch]))
+            optimizer.step()
+            optimizer.zero_grad()
+            if args.ema_decay:
+                decay = min(args.ema_decay, (step + 1) / (step + 10))  # forgets the initial weights
+                torch._foreach_lerp_(list(ema_model.parameters()), list(bare_model.parameters()), 1 - decay)
+
+            done, losses = step + 1, [*losses, loss]
+            if done % LOG_EVERY == 0 or done == args.max_steps:
+                seconds, last_time = time.perf_counter() - last_time, time.perf_counter()
+                entry = {"step": done, "pictures": done * batch_size, "loss": statistics.mean(losses)}
+                entry |= {"gradient_norm": norm, "learning_rate": learning_rate(step, args)}
+                entry["pictures_per_second"] = (done - last_logged) * batch_size / seconds
+                losses, last_logged = [], done
+                bar.set_postfix(loss=f"{entry['loss']:.4f}")
+                accelerator.log(entry, step=done)
+                if is_main:
+                    log.write(json.dumps(entry) + "\n")
+            metadata |= {"step": done, "pictures_seen": pictures_before + done * batch_size, "losses": losses}
+            if is_main and is_due(done, args.sample_every, args):
+                grid = args.out / "samples" / f"{done:07d}.png"
+                sample_grid(grid, ema_model, noise_scheduler, metadata["sampling"], accelerator)
+            if is_main and (is_stopping or is_due(done, args.save_every, args)):
+                checkpoint.save(args.out, bare_model, ema_model, optimizer, noise_scheduler, metadata)
+            if is_stopping:
+                break
+
+    accelerator.end_training()
+    if done < args.max_steps:
+        where = f"step {done:,} of {args.max_steps:,}"
+        accelerator.print(f"{args.out}: stopped after {where}, which is saved; the same command goes on")
+        raise SystemExit(130 if signal.SIGINT in stop else 0)
+    accelerator.print(f"{args.out}: trained to step {args.max_steps:,}; python sample.py --mode test")
 
 
 @command
@@ -223,9 +337,11 @@ def main(argv: list[str] | None = None):
     args, state = parse_args(argv), PartialState()  # the devices and processes there are
     with state.main_process_first():  # the first decodes the pictures, the others read what it kept
         data = ICLEVRDataset(args.data, args.labels, load_objects())
-    facts = {"labels_sha256": file_sha256(args.labels), "pictures": len(data), "labelled": data.total}
-    batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
-    args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / batch_size)
+    facts = {"labels_sha256": file_sha256(args.labels), "pictures_sha256": data.sha256()}
+    facts |= {"pictures": len(data), "labelled": data.total}
+    args.max_steps = args.max_steps or math.ceil(
+        args.epochs * len(data) / (args.batch_size * args.grad_accum)
+    )
     setup = choose_setup(state.device, args.mixed_precision, passes=args.max_steps, training=True)
     args.mixed_precision = setup.precision
     accelerator = Accelerator(
@@ -234,9 +350,11 @@ def main(argv: list[str] | None = None):
         log_with=args.log_with,
         project_dir=args.out,
     )
-    device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
+    is_main, processes = accelerator.is_main_process, accelerator.num_processes
     if args.batch_size % processes:
         raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {processes} processes")
+    if args.log_with and not accelerator.log_with:
+        raise InputError(f"--log-with {args.log_with}: not installed; pip install {args.log_with}")
 
     torch.manual_seed(args.seed)
     pictures_before, unseen = 0, unseen_triples(load_labels(args.labels, data.objects), data.objects)
@@ -247,91 +365,16 @@ def main(argv: list[str] | None = None):
         pictures_before, unseen = before["pictures_seen"], [c for c in unseen if c in before["unseen"]]
     else:
         model, noise_scheduler = build(args.model)
-    model.to(device, memory_format=setup.memory_format).train()
+    model.to(accelerator.device, memory_format=setup.memory_format).train()
     if is_main:
         announce(args, data, model, setup, accelerator)
     if args.dry_run:
         return
-    ema_model = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else model
-    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.learning_rate)
-    first_step = 0
-    if checkpoint.checkpoints(args.out):
-        folder = checkpoint.newest(args.out)
-        check_resume(folder, recipe_of(args), facts)
-        first_step = checkpoint.resume(folder, model, ema_model, optimizer)
-        accelerator.print(f"{args.out}: goes on at step {first_step:,} of {args.max_steps:,}")
-    bare_model = model  # not wrapped for several processes, not compiled
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if setup.compile_mode:
-        model = torch.compile(model, mode=setup.compile_mode, dynamic=False)
-    if args.log_with:
-        accelerator.init_trackers("logs")
-        if not accelerator.trackers:
-            raise InputError(f"--log-with {args.log_with}: not installed; pip install {args.log_with}")
-    if is_main:
-        args.out.mkdir(parents=True, exist_ok=True)
-        log = open_log(args.out / "log.jsonl", first_step)
-    metadata = {"model": args.model, "recipe": recipe_of(args), "data": facts}
-    metadata |= {"sampling": PRESETS[args.model]["sampling"], "unseen": unseen}
-    images, labels = data.images.to(device), data.labels.to(device)  # uint8 [N, 3, 64, 64], float32 [N, 24]
-    num_timesteps, steps = noise_scheduler.config.num_train_timesteps, range(first_step, args.max_steps)
-    bar = tqdm(steps, initial=first_step, total=args.max_steps, disable=not is_main, unit="step")
-    losses, last_time = [], time.perf_counter()
-
-    for step in bar:
-        # All draws of a step follow from (seed, step). Every process draws the whole batch and works on its
-        # share, so the number of processes changes nothing.
-        torch.manual_seed(seed_of(args.seed, step))
-        batch = batch_indices(step, batch_size, len(images), args.seed).to(device, non_blocking=True)
-        clean, label = to_float(images[batch]), labels[batch]  # [B, 3, 64, 64] in [-1, 1], [B, 24]
-        noise = torch.randn_like(clean)
-        timesteps = torch.randint(num_timesteps, (batch_size,), device=device)
-        if args.timestep_sampling == "logit-normal":  # more of the middle (arXiv 2403.03206, section 3.1)
-            timesteps = (num_timesteps * torch.randn(batch_size, device=device).sigmoid()).long()
-        label = label * (torch.rand(batch_size, 1, device=device) >= args.label_dropout)  # zeros: none
-        noisy = noise_scheduler.add_noise(clean, noise, timesteps)
-        target = noise
-        if noise_scheduler.config.prediction_type == "v_prediction":
-            target = noise_scheduler.get_velocity(clean, noise, timesteps)
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        size = args.batch_size // processes
-        for start in range(accelerator.process_index * size, batch_size, args.batch_size):
-            share = slice(start, start + size)
-            with accelerator.accumulate(model):
-                prediction = model(noisy[share], timesteps[share], label[share])
-                loss = F.mse_loss(prediction.float(), target[share])
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.detach())
-        if args.ema_decay:
-            decay = min(args.ema_decay, (step + 1) / (step + 10))  # forgets the initial weights
-            torch._foreach_lerp_(list(ema_model.parameters()), list(bare_model.parameters()), 1 - decay)
-
-        done = step + 1
-        metadata |= {"step": done, "pictures_seen": pictures_before + done * batch_size}
-        if done % LOG_EVERY == 0 or done == args.max_steps:
-            mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            seconds, last_time = time.perf_counter() - last_time, time.perf_counter()
-            entry = {"step": done, "pictures": done * batch_size, "loss": mean_loss}
-            entry["learning_rate"] = learning_rate(step, args)
-            entry["pictures_per_second"] = len(losses) * args.batch_size / seconds
-            losses.clear()
-            bar.set_postfix(loss=f"{mean_loss:.4f}")
-            accelerator.log(entry, step=done)
-            if is_main:
-                log.write(json.dumps(entry) + "\n")
-        if is_main and is_due(done, args.sample_every, args):
-            sample_grid(
-                args.out / "samples" / f"{done:07d}.png", ema_model, noise_scheduler, metadata, accelerator
-            )
-        if is_main and is_due(done, args.save_every, args):
-            checkpoint.save(args.out, bare_model, ema_model, optimizer, noise_scheduler, metadata)
-
-    accelerator.end_training()
-    accelerator.print(f"{args.out}: trained to step {args.max_steps:,}; python sample.py --mode test")
+    metadata = {"model": args.model, "recipe": recipe_of(args), "data": facts, "unseen": unseen}
+    metadata |= {"sampling": PRESETS[args.model]["sampling"], "pictures_seen": pictures_before}
+    own_folder = checkpoint.lock(args.out) if is_main else nullcontext()
+    with own_folder, checkpoint.clean_stop(processes) as stop, explained(args, processes):
+        train(args, data, model, noise_scheduler, metadata, setup, accelerator, stop)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,12 @@ class Turns:
     def set_postfix(self, **values):
         pass
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
 
 class Files(Dataset):
     """Pictures from PNG files, decoded each time."""

@@ -14,6 +14,18 @@ LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # two processes
 OFFICIAL = ROOT.parent / "shared" / "official"  # the lab's label files, on the founders' machines alone
 TINY = ["--model", "small", "--batch-size", "4", "--sample-every", "0"]  # for runs of a few steps
 
+METADATA = {
+    "model": "small",
+    "recipe": {},
+    "data": {"labelled": 4},
+    "unseen": [],
+    "step": 2,
+    "pictures_seen": 8,
+}
+METADATA |= {
+    "sampling": {"sampler": "ddim", "steps": 3, "guidance_scale": 1.0}
+}  # the least that weights want
+
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
@@ -48,6 +60,31 @@ def run():
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
 
     return call
+
+
+FAULTS = ROOT / "docs" / "faults.md"
+MARK = "| fault | what happened |\n|---|---|\n"
+_faults: dict[str, str] = {}
+
+
+@pytest.fixture
+def tried():
+    """Note a fault and what happened, for the table in docs/faults.md, which has to name it.
+
+    `FAULTS=1 python -m pytest tests/test_checkpoint.py tests/test_hostile.py` makes the table anew.
+    """
+
+    def note(fault: str, happened: str):
+        _faults[fault] = happened
+        assert "FAULTS" in os.environ or f"| {fault} |" in FAULTS.read_text(), f"{FAULTS} lacks {fault!r}"
+
+    return note
+
+
+def pytest_sessionfinish():
+    if "FAULTS" in os.environ and _faults:
+        head, _, _ = FAULTS.read_text().partition(MARK)
+        FAULTS.write_text(head + MARK + "".join(f"| {a} | {b} |\n" for a, b in _faults.items()))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT
+from conftest import METADATA, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load_weights, write_weights
@@ -28,11 +28,11 @@ def test_round_trip_is_bit_equal(tmp_path, preset):
         expected = model.eval()(*inputs())
         assert expected.shape == (2, 3, 64, 64)
         assert torch.equal(ConditionalUNet.from_pretrained(tmp_path / "a").eval()(*inputs()), expected)
-        write_weights(tmp_path / "b", model, noise_scheduler, {"model": preset})
+        write_weights(tmp_path / "b", model, noise_scheduler, METADATA)
         loaded, scheduler, metadata = load_weights(tmp_path / "b")
         assert torch.equal(loaded.eval()(*inputs()), expected)
     assert scheduler.config.prediction_type == noise_scheduler.config.prediction_type
-    assert metadata == {"model": preset}
+    assert metadata == METADATA
 
 
 def test_label_reaches_the_output():
@@ -66,7 +66,7 @@ def test_small_is_small():
 
 def test_weights_of_another_network_are_refused(tmp_path):
     model, noise_scheduler = build("tiny-mixed")
-    write_weights(tmp_path / "w", model, noise_scheduler, {})
+    write_weights(tmp_path / "w", model, noise_scheduler, METADATA)
     build("tiny-attention")[0].save_pretrained(tmp_path / "w" / "unet")
     (tmp_path / "w" / "unet" / "config.json").write_text(model.to_json_string())
     with pytest.raises(
