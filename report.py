@@ -345,7 +345,11 @@ def build(images: Path, held_out: ICLEVRDataset | None, training: Callable[[], I
         "strip": file_url(strip) if (strip := images / "process.png").exists() else None,
         "weights": weights_section(reports),
         "options": {
-            name: {k: v for k, v in report.items() if k not in ("conditions", "exact_sets")}
+            name: {
+                k: v
+                for k, v in report.items()
+                if k not in ("conditions", "exact_sets") and not k.endswith("_sha256")
+            }
             for name, (report, _) in samples.items()
         },
         "versions": versions(),

@@ -98,42 +98,33 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a conditional DDPM on i-CLEVR.")
-    run = parser.add_argument_group("run")
-    run.add_argument("--model", choices=PRESETS, default="reference", help="preset (default: %(default)s)")
-    run.add_argument(
-        "--data", type=Path, default=default_data(), help="folder or .npz of pictures (default: %(default)s)"
-    )
-    run.add_argument(
-        "--labels", type=Path, default=ROOT / "train.json", help="label file (default: train.json)"
-    )
-    run.add_argument("--out", type=Path, help="folder of the run (default: runs/<model>)")
-    run.add_argument(
-        "--init",
-        type=Path,
-        metavar="DIR",
-        help="start from these weights and network, with a fresh optimizer",
-    )
-    run.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
-    run.add_argument("--dry-run", action="store_true", help="print what would be trained on what, and stop")
-    run.add_argument("--mixed-precision", choices=("no", "bf16"), help="default: bf16 on CUDA, else no")
+    add = parser.add_argument_group("run").add_argument
+    add("--model", choices=PRESETS, default="reference", help="preset (default: %(default)s)")
+    add("--data", type=Path, default=default_data(), help="folder or .npz of pictures (default: %(default)s)")
+    add("--labels", type=Path, default=ROOT / "train.json", help="label file (default: train.json)")
+    add("--out", type=Path, help="folder of the run (default: runs/<model>)")
+    add("--init", type=Path, metavar="DIR", help="start from these weights and network, with a new optimizer")
+    add("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    add("--dry-run", action="store_true", help="print what would be trained on what, and stop")
+    add("--mixed-precision", choices=("no", "bf16"), help="default: bf16 on CUDA, else no")
 
-    recipe = parser.add_argument_group("recipe (defaults: the preset's)")
-    recipe.add_argument("--epochs", type=number(float, 0), help="passes over the pictures")
-    recipe.add_argument("--max-steps", type=number(int, 1), help="optimizer steps, in place of --epochs")
-    recipe.add_argument("--batch-size", type=number(int, 1), help="pictures at a time, over all processes")
-    recipe.add_argument("--grad-accum", type=number(int, 1), default=1, help="batches per step (default: 1)")
-    recipe.add_argument("--learning-rate", type=number(float, 0))
-    recipe.add_argument("--lr-schedule", choices=("constant", "linear"), help="linear: down to 0 at the end")
-    recipe.add_argument("--warmup-steps", type=number(int, 0), help="linear warm-up of the learning rate")
-    recipe.add_argument("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: none")
-    recipe.add_argument("--label-dropout", type=number(float, 0, 1), help="share trained without label")
-    recipe.add_argument("--optimizer", choices=OPTIMIZERS)
-    recipe.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"))
+    add = parser.add_argument_group("recipe (defaults: the preset's)").add_argument
+    add("--epochs", type=number(float, 1e-6), help="passes over the pictures")
+    add("--max-steps", type=number(int, 1), help="optimizer steps, in place of --epochs")
+    add("--batch-size", type=number(int, 1), help="pictures at a time, over all processes")
+    add("--grad-accum", type=number(int, 1), default=1, help="batches per step (default: 1)")
+    add("--learning-rate", type=number(float, 0))
+    add("--lr-schedule", choices=("constant", "linear"), help="linear: down to 0 at the end")
+    add("--warmup-steps", type=number(int, 0), help="linear warm-up of the learning rate")
+    add("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: none")
+    add("--label-dropout", type=number(float, 0, 1), help="share trained without label")
+    add("--optimizer", choices=OPTIMIZERS)
+    add("--timestep-sampling", choices=("uniform", "logit-normal"))
 
-    output = parser.add_argument_group("output (default: every 1000 steps)")
-    output.add_argument("--save-every", type=number(int, 1), default=1000, help="steps")
-    output.add_argument("--sample-every", type=number(int, 0), default=1000, help="steps; 0: never")
-    output.add_argument("--log-with", choices=("tensorboard", "wandb"), help="besides <out>/log.jsonl")
+    add = parser.add_argument_group("output (default: every 1000 steps)").add_argument
+    add("--save-every", type=number(int, 1), default=1000, help="steps")
+    add("--sample-every", type=number(int, 0), default=1000, help="steps; 0: never")
+    add("--log-with", choices=("tensorboard", "wandb"), help="besides <out>/log.jsonl")
     args = parser.parse_args(argv)
     for name, value in PRESETS[args.model]["training"].items():
         if getattr(args, name) is None:
@@ -174,9 +165,8 @@ def announce(
             prediction.float().square().mean().backward()
             seconds = (time.perf_counter() - start) / 4
         model.zero_grad()
-        hours = (
-            seconds * args.max_steps * args.batch_size * args.grad_accum / accelerator.num_processes / 3600
-        )
+        pictures = args.max_steps * args.batch_size * args.grad_accum / accelerator.num_processes
+        hours = seconds * pictures / 3600
         hint = "" if args.model == "small" else "; --model small is made for this"
         duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
         print(f"no CUDA: {args.max_steps:,} steps will take about {duration} here{hint}")
@@ -187,9 +177,7 @@ def is_due(done: int, every: int, args: argparse.Namespace) -> bool:
     return every > 0 and (done % every == 0 or done == args.max_steps)
 
 
-def sample_grid(
-    path: Path, model: torch.nn.Module, noise_scheduler, sampling: dict, accelerator: Accelerator
-):
+def sample_grid(path: Path, model: torch.nn.Module, noise_scheduler, sampling: dict, accelerator):
     """Paint eight validation conditions from the same noise each time: a quick look, with few steps."""
     conditions = load_conditions(ROOT / "validation.json", objects := load_objects())[::8]
     labels = multi_hot(conditions, objects).to(accelerator.device)
@@ -325,7 +313,7 @@ def train(
                 break
 
     accelerator.end_training()
-    if done < args.max_steps:
+    if is_stopping and done < args.max_steps:
         where = f"step {done:,} of {args.max_steps:,}"
         accelerator.print(f"{args.out}: stopped after {where}, which is saved; the same command goes on")
         raise SystemExit(130 if signal.SIGINT in stop else 0)
@@ -339,9 +327,8 @@ def main(argv: list[str] | None = None):
         data = ICLEVRDataset(args.data, args.labels, load_objects())
     facts = {"labels_sha256": file_sha256(args.labels), "pictures_sha256": data.sha256()}
     facts |= {"pictures": len(data), "labelled": data.total}
-    args.max_steps = args.max_steps or math.ceil(
-        args.epochs * len(data) / (args.batch_size * args.grad_accum)
-    )
+    batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
+    args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / batch_size)
     setup = choose_setup(state.device, args.mixed_precision, passes=args.max_steps, training=True)
     args.mixed_precision = setup.precision
     accelerator = Accelerator(

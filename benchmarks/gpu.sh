@@ -61,7 +61,7 @@ train() {
 score() {
     local name=$1 out=$results/$2 mode=$3
     shift 3
-    [ ! -e "$out/$mode.json" ] || return 0
+    ! grep -qs '"accuracies"' "$out/$mode.json" || return 0
     $python sample.py --weights "$WORK/$name" --mode "$mode" --out "$out" "$@" 2>"$WORK/sample.err" ||
         { tail -n 20 "$WORK/sample.err" && return 1; }
     rm -r "${out:?}/$mode" # the grid stays

@@ -16,6 +16,7 @@ import datetime
 import gc
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -30,6 +31,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
@@ -167,6 +169,36 @@ def plain_training(preset: str, folder: Path, labels: torch.Tensor, batch_size: 
     return run
 
 
+def finite_check(model: torch.nn.Module, loss: torch.Tensor) -> bool:
+    """What train.py does before each step to see that loss and gradient are finite, and to hear of a stop."""
+    norm = get_total_norm([p.grad for p in model.parameters()])
+    return all(map(math.isfinite, torch.stack([loss, norm, torch.zeros_like(loss)]).tolist()))
+
+
+def check_share(
+    preset: str, clean: torch.Tensor, label: torch.Tensor, setup: Setup, pairs: int
+) -> list[float]:
+    """The time of `finite_check` by that of a bare step, of `pairs` pairs of them after two to warm up."""
+    model, _ = build(preset)
+    model.to(clean.device, memory_format=setup.memory_format).train()
+    optimizer = train.OPTIMIZERS[PRESETS[preset]["training"]["optimizer"]](model.parameters(), lr=1e-4)
+    prepared = Accelerator(mixed_precision=setup.precision).prepare_model(model)
+    timesteps, shares = torch.randint(1000, (len(clean),), device=clean.device), []
+    for _ in range(2 + pairs):
+        wait(clean.device)
+        start = time.perf_counter()
+        loss = F.mse_loss(prepared(clean, timesteps, label).float(), clean)
+        loss.backward()
+        wait(clean.device)
+        middle = time.perf_counter()
+        finite_check(model, loss.detach())
+        end = time.perf_counter()
+        seconds = timed(optimizer.step, clean.device)
+        optimizer.zero_grad()
+        shares.append((end - middle) / (middle - start + seconds))
+    return shares[2:]
+
+
 def bare_training(preset: str, clean: torch.Tensor, label: torch.Tensor, setup: Setup):
     """Forward, backward and optimizer on one batch, set up as ours, as a function that does so many steps."""
     model, _ = build(preset)
@@ -228,6 +260,8 @@ def time_training(preset: str, args: argparse.Namespace, data: ICLEVRDataset, de
             turns.append(Turns(steps, block, args.pairs, rivals, device))
             return turns[0]
 
+        shares = check_share(preset, clean, label, setup, args.pairs)
+
         argv = ["--model", preset, "--data", PACK, "--out", Path(folder, "run"), "--batch-size", batch_size]
         argv += ["--max-steps", STEPS, "--save-every", STEPS + 1, "--sample-every", 0]
         argv += ["--mixed-precision", setup.precision]
@@ -238,7 +272,8 @@ def time_training(preset: str, args: argparse.Namespace, data: ICLEVRDataset, de
     flop = flop_per_picture(preset, backward=True)
     rates = {name: [block * batch_size / s for s in seconds] for name, seconds in turns[0].seconds.items()}
     return {"setup": str(setup), "batch_size": batch_size, "pictures_per_second": rates,
-            "flop_per_picture": flop, "synchronisations_per_step": turns[0].synchronisations}  # fmt: skip
+            "flop_per_picture": flop, "synchronisations_per_step": turns[0].synchronisations,
+            "finite_check": shares}  # fmt: skip
 
 
 def time_sampling(preset: str, args: argparse.Namespace, data: ICLEVRDataset, device: torch.device) -> dict:
@@ -305,6 +340,12 @@ def table(results: dict) -> str:
                 notes[-1] += (
                     f" The whole loop runs at {statistics.median(shares):.0%} ({min(shares):.0%} to "
                     f"{max(shares):.0%}) of the bare step's {middle['bare']:.3g} pictures/s."
+                )
+            if "finite_check" in part:
+                shares = part["finite_check"]
+                notes[-1] += (
+                    f" Looking whether loss and gradient are finite takes {statistics.median(shares):.2%} "
+                    f"({min(shares):.2%} to {max(shares):.2%}) of a step."
                 )
                 if part["synchronisations_per_step"] is not None:
                     notes[-1] += f" Synchronisations a step: {part['synchronisations_per_step']:.2f}."
