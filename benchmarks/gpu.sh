@@ -57,14 +57,15 @@ train() {
     return $code
 }
 
-# score NAME LABEL MODE ARGS...: unless it was scored before
+# score NAME LABEL "MODES" ARGS...: unless they were scored before
 score() {
-    local name=$1 out=$results/$2 mode=$3
+    local name=$1 out=$results/$2 modes
+    read -ra modes <<<"$3"
     shift 3
-    ! grep -qs '"accuracies"' "$out/$mode.json" || return 0
-    $python sample.py --weights "$WORK/$name" --mode "$mode" --out "$out" "$@" 2>"$WORK/sample.err" ||
+    ! grep -qs '"accuracies"' "$out/${modes[-1]}.json" || return 0
+    $python sample.py --weights "$WORK/$name" --mode "${modes[@]}" --out "$out" "$@" 2>"$WORK/sample.err" ||
         { tail -n 20 "$WORK/sample.err" && return 1; }
-    rm -r "${out:?}/$mode" # the grid stays
+    for mode in "${modes[@]}"; do rm -r "${out:?}/$mode"; done # the grids stay
 }
 
 stage_bench() {
@@ -74,7 +75,7 @@ stage_bench() {
 
 # score_small NAME
 score_small() {
-    for mode in test new_test unseen; do score "$1" "$1" $mode "${seeds[@]}"; done
+    score "$1" "$1" "test new_test unseen" "${seeds[@]}"
     $python checkpoint.py "$WORK/$1" "$results/$1/weights"
 }
 
@@ -84,8 +85,8 @@ stage_small() {
 }
 
 score_reference() {
-    for mode in test new_test unseen; do score reference "few-$1" $mode "${few[@]}"; done
-    for mode in test new_test; do score reference "all-$1" $mode "${all_steps[@]}"; done
+    score reference "few-$1" "test new_test unseen" "${few[@]}"
+    score reference "all-$1" "test new_test" "${all_steps[@]}"
 }
 
 stage_reference() {

@@ -31,6 +31,16 @@ def start(script: str, argv, output: Path, folder: Path | None = None, limits: d
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     CONTEXT.set_forkserver_preload(["train", "sample", "evaluator", "metrics", "report"])
     arguments = (script, [str(a) for a in argv], folder or output, output, limits or {})
-    process = CONTEXT.Process(target=_run, args=arguments)
+    process = CONTEXT.Process(target=_run, args=arguments, daemon=True)
     process.start()
     return process
+
+
+def finish(process, seconds: float = 180) -> int:
+    """Wait for a process and return its exit code; it has so many seconds."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError(f"still at work after {seconds} s")
+    return process.exitcode

@@ -149,7 +149,7 @@ def test_another_recipe_is_not_mixed_in(argv, pictures, tmp_path, monkeypatch, r
 def test_twenty_kills(argv, tmp_path, tried):
     """At random moments of a run that saves all the time; what is there is whole each time."""
     command = argv(tmp_path / "killed", "--max-steps", 100, "--save-every", 1)
-    children.start("train", [*command, "--dry-run"], tmp_path).join()  # the server is up from here on
+    children.finish(children.start("train", [*command, "--dry-run"], tmp_path))  # the server is up from here
     moments, steps, until_saved = random.Random(), [0], 0.0
     for life in range(20):
         start = time.monotonic()
@@ -160,8 +160,7 @@ def test_twenty_kills(argv, tmp_path, tried):
         else:
             time.sleep(moments.uniform(0.4, 2) * until_saved)
         process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert children.finish(process) == -signal.SIGKILL
         saved = checkpoints(tmp_path / "killed")
         steps.append(int(saved[-1].name[-7:]) if saved else 0)
         for folder in saved:
@@ -171,8 +170,7 @@ def test_twenty_kills(argv, tmp_path, tried):
     assert steps == sorted(steps) and 10 < steps[-1] < 100
     train.main(argv(tmp_path / "whole", "--max-steps", 100))
     process = children.start("train", command, tmp_path)
-    process.join()
-    assert process.exitcode == 0, output(tmp_path)
+    assert children.finish(process) == 0, output(tmp_path)
     assert_same(tmp_path / "whole", tmp_path / "killed")
     left = {path.name for path in (tmp_path / "killed").iterdir()}
     assert left == {"checkpoint-0000099", "checkpoint-0000100", "log.jsonl"}
@@ -198,16 +196,14 @@ def test_a_full_disk(argv, tmp_path, tried, kind):
             shutil.rmtree(out / "checkpoint-0000008")
             kept, limits = "checkpoint-0000006", {resource.RLIMIT_FSIZE: size // 8}
         process = children.start("train", command, tmp_path, limits=limits)
-        process.join()
-        text = output(tmp_path)
-        assert process.exitcode == 2 and "cannot be written (" in text.splitlines()[-1], text
+        code, text = children.finish(process), output(tmp_path)
+        assert code == 2 and "cannot be written (" in text.splitlines()[-1], text
         assert [c.name for c in checkpoints(out)] == [kept] and contents(out / kept)
         assert not list(out.glob("*.tmp"))
         if kind == "tmpfs":
             subprocess.run(["mount", "-o", f"remount,size={4 * size}", out], check=True)
         process = children.start("train", command, tmp_path)
-        process.join()
-        assert process.exitcode == 0, output(tmp_path)
+        assert children.finish(process) == 0, output(tmp_path)
         assert_same(tmp_path / "whole", out)
     finally:
         if kind == "tmpfs":
@@ -236,41 +232,35 @@ def test_a_clean_stop(argv, tmp_path, tried, number):
     process = children.start("train", command, tmp_path)
     wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size)
     os.kill(process.pid, number)
-    process.join()
     code = {signal.SIGTERM: 0, signal.SIGINT: 130}[number]
-    assert process.exitcode == code, output(tmp_path)
+    assert children.finish(process) == code, output(tmp_path)
     step = int(checkpoints(out)[-1].name[-7:])
     said = f"stopped after step {step} of 40, which is saved; the same command goes on"
     assert 10 <= step < 40 and said in output(tmp_path)
     assert not (out / ".lock").exists()
     process = children.start("train", command, tmp_path)
-    process.join()
-    assert process.exitcode == 0
+    assert children.finish(process) == 0
     assert_same(tmp_path / "whole", out)
     name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
     tried(name, f"the step is finished and saved, exit {code}; the same command goes on bit for bit")
 
 
-def test_a_second_ctrl_c_leaves_at_once(pictures, tmp_path, tried):
-    """In the middle of a step of many seconds."""
-    argv = ["--model", "tiny-attention", "--data", pictures, "--out", tmp_path / "run", "--sample-every", 0]
-    train.main(list(map(str, [*argv, "--batch-size", 6, "--max-steps", 1])))
-    before = contents(tmp_path / "run" / "checkpoint-0000001")
-    process = children.start("train", [*argv, "--batch-size", 6, "--max-steps", 50], tmp_path)
-    wait_for(
-        lambda: "0001.tmp" not in os.listdir(tmp_path / "run") and ".lock" in os.listdir(tmp_path / "run")
-    )
-    time.sleep(2)
+def test_a_second_ctrl_c_leaves_at_once(argv, tmp_path, tried):
+    """In the middle of a step of some seconds."""
+    out, big = tmp_path / "run", ["--batch-size", 640, "--lr-schedule", "constant"]
+    train.main(argv(out, *big, "--max-steps", 1))
+    before = contents(out / "checkpoint-0000001")
+    process = children.start("train", argv(out, *big, "--max-steps", 50), tmp_path)
+    wait_for(lambda: (out / ".lock").exists())
+    time.sleep(1)
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.2)
     start = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    process.join()
-    assert time.monotonic() - start < 1 and process.exitcode == 130
-    assert [c.name for c in checkpoints(tmp_path / "run")] == ["checkpoint-0000001"]
-    assert all(
-        torch.equal(before[k], v) for k, v in contents(tmp_path / "run" / "checkpoint-0000001").items()
-    )
+    assert children.finish(process) == 130 and time.monotonic() - start < 1
+    assert [c.name for c in checkpoints(out)] == ["checkpoint-0000001"]
+    after = contents(out / "checkpoint-0000001")
+    assert all(torch.equal(before[name], value) for name, value in after.items())
     tried("a second Ctrl-C in the middle of a step", "exit 130 at once, the last checkpoint whole")
 
 
@@ -300,13 +290,12 @@ def test_two_runs_in_one_folder(argv, tmp_path, tried):
     wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size)
     (tmp_path / "second").mkdir()
     second = children.start("train", command, tmp_path / "second")
-    second.join()
-    assert second.exitcode == 2
+    assert children.finish(second) == 2
     assert output(tmp_path / "second").splitlines()[-1] == (
         f"error: {out}: another process is at work in there; wait for it or choose --out"
     )
     first.kill()
-    first.join()
+    children.finish(first)
     assert (out / ".lock").exists()
     train.main(argv(out, "--max-steps", 2))
     assert [c.name for c in checkpoints(out)] == ["checkpoint-0000002"]
@@ -349,12 +338,10 @@ def test_out_of_memory_names_what_to_try(pictures, tmp_path, tried):
     """On the CPU, in a process that may have 4 GB; CUDA's own error takes the same way."""
     argv = ["--model", "small", "--data", pictures, "--out", tmp_path / "run", "--sample-every", 0]
     limits = {resource.RLIMIT_AS: 4 * 2**30}
-    process = children.start(
-        "train", [*argv, "--batch-size", 3000, "--max-steps", 1], tmp_path, limits=limits
-    )
-    process.join()
+    argv += ["--batch-size", 3000, "--max-steps", 1]
+    code = children.finish(children.start("train", argv, tmp_path, limits=limits))
     said = "cpu: out of memory with --batch-size 3000; try --batch-size 1500 --grad-accum 2, which gives the"
-    assert process.exitcode == 2 and said in output(tmp_path).splitlines()[-1], output(tmp_path)
+    assert code == 2 and said in output(tmp_path).splitlines()[-1], output(tmp_path)
     tried("a batch that memory does not hold (CPU; CUDA not measured)", f"exit 2: {said} same result")
 
 
@@ -405,7 +392,7 @@ def test_sampling_goes_on_after_kills(six, tmp_path, tried):
         process = children.start("sample", six, tmp_path)
         time.sleep(moments.uniform(0.5, 2.5))
         process.kill()
-        process.join()
+        children.finish(process)
         there = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
         assert all(checkpoint.is_whole(path) for path in there)
         assert seen <= there.items()  # none was painted again
@@ -472,11 +459,8 @@ def test_two_samplers_in_one_folder(six, tmp_path):
     wait_for(lambda: (tmp_path / "out" / "six" / ".lock").exists())
     (tmp_path / "second").mkdir()
     second = children.start("sample", six, tmp_path / "second")
-    second.join()
-    assert (
-        second.exitcode == 2 and "another process is at work" in output(tmp_path / "second").splitlines()[-1]
-    )
+    assert children.finish(second) == 2
+    assert "another process is at work" in output(tmp_path / "second").splitlines()[-1]
     os.kill(first.pid, signal.SIGINT)
-    first.join()
-    assert first.exitcode == 130
+    assert children.finish(first) == 130
     assert output(tmp_path).splitlines()[-1].endswith("six: stopped; the same command paints what is missing")

@@ -461,9 +461,8 @@ def test_spoilt_input(there, tmp_path, tried, fault, script, spoil, words):
     spoil()
     before = listing(there)
     process = children.start(main.__module__, argv.split(), tmp_path, there)
-    process.join()
-    lines = (tmp_path / "stderr").read_text().splitlines()
-    assert process.exitcode == 2 and len(lines) == 1, lines
+    code, lines = children.finish(process), (tmp_path / "stderr").read_text().splitlines()
+    assert code == 2 and len(lines) == 1, lines
     assert lines[0].startswith("error: ") and words in lines[0] and len(lines[0]) < 500, lines[0]
     assert listing(there) == before
     said = lines[0].removeprefix("error: ").replace(str(there) + "/", "").replace(str(ROOT) + "/", "")
