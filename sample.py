@@ -137,8 +137,8 @@ def load_list(mode: str, args: argparse.Namespace, unseen: list, objects: dict[s
 def paint_list(paint, conditions, target: Path, settings: dict, passes: int, state) -> dict:
     """Write the pictures of a list that are missing in `target`, each process its share.
 
-    Returns the list's report, `settings` and, of the newest run that had any to paint, how many and how long
-    it took. A batch of which a picture is missing is painted whole, so that what is written does not depend
+    Returns the list's report: `settings` and, of the newest run that had any to paint, how many, how long it
+    took, and the date. A batch of which a picture is missing is painted whole, so that what is written does not depend
     on where an earlier run was stopped.
     """
     report = start_list(target, settings) if state.is_main_process else {}
@@ -157,8 +157,10 @@ def paint_list(paint, conditions, target: Path, settings: dict, passes: int, sta
                     write_picture(target / f"{i}.png", image)
     state.wait_for_everyone()
     seconds, how = time.perf_counter() - start, "all there before"
-    if missing:
+    if missing or "date" not in report:
         report |= {"painted": len(missing), "seconds": round(seconds, 2)}
+        report["date"] = datetime.date.today().isoformat()
+    if missing:
         how = f"{len(missing)} painted in {seconds:.1f} s, {len(missing) / seconds:.2f} a second"
     state.print(f"pictures: {target}/0.png to {settings['num_images'] - 1}.png ({how})")
     return report
@@ -182,7 +184,7 @@ def score(evaluator: evaluation_model, target: Path, conditions: list[list[str]]
     deviation = statistics.stdev(accuracies) if runs > 1 else None
     scores = {"accuracy": mean, "standard_deviation": deviation, "exact_set": exact_set}
     scores |= {"accuracies": accuracies, "exact_sets": exact_sets, "evaluator": str(evaluator.path)}
-    report = report | scores | {"date": datetime.date.today().isoformat()}
+    report = scores | {name: value for name, value in report.items() if name not in scores}
     write_whole(target.with_suffix(".json"), (json.dumps(report, indent=1) + "\n").encode())
 
     print(f"grid: {target}.png, report: {target}.json")
@@ -208,7 +210,7 @@ def main(argv: list[str] | None = None):
     given = {name: getattr(args, name) for name in ("sampler", *RANGES)}
     options = metadata["sampling"] | {name: value for name, value in given.items() if value is not None}
     objects, evaluator = load_objects(), evaluation_model(args.evaluator, state.device)
-    lists = [load_list(mode, args, metadata.get("unseen", []), objects) for mode in args.mode]
+    lists = [load_list(mode, args, metadata["unseen"], objects) for mode in args.mode]
     names = [path.stem for path, _ in lists]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"--mode: two lists named {repeated[0]} would share one folder; sample them apart")
@@ -274,7 +276,9 @@ def main(argv: list[str] | None = None):
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise InputError(f"{state.device}: out of memory; try --batch-size {size // 2}") from None
+                raise InputError(
+                    f"{state.device}: out of memory; try --batch-size {max(1, size // 2)}"
+                ) from None
             if state.is_main_process:
                 score(evaluator, target, conditions, report)
 

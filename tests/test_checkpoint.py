@@ -423,8 +423,10 @@ def test_only_what_is_missing_is_painted(six, tmp_path, capsys):
     assert {p.name: p.read_bytes() for p in folder.glob("*.png")} == first
     assert {n for n in stamps if (folder / n).stat().st_mtime_ns != stamps[n]} == {"1.png", "4.png"}
     assert sorted(p.name for p in folder.iterdir()) == [*sorted(first), "notes.txt"]
+    report = (tmp_path / "out" / "six.json").read_bytes()
     sample.main(six)
     assert "(all there before)" in capsys.readouterr().out
+    assert (tmp_path / "out" / "six.json").read_bytes() == report
 
 
 @pytest.mark.parametrize("what", ["steps", "seed", "weights_sha256", "conditions", "num_images", "report"])
