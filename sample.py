@@ -138,8 +138,8 @@ def paint_list(paint, conditions, target: Path, settings: dict, passes: int, sta
     """Write the pictures of a list that are missing in `target`, each process its share.
 
     Returns the list's report: `settings` and, of the newest run that had any to paint, how many, how long it
-    took, and the date. A batch of which a picture is missing is painted whole, so that what is written does not depend
-    on where an earlier run was stopped.
+    took, and the date. A batch of which a picture is missing is painted whole, so that what is written does
+    not depend on where an earlier run was stopped.
     """
     report = start_list(target, settings) if state.is_main_process else {}
     state.wait_for_everyone()
