@@ -306,11 +306,12 @@ def clean_stop(processes: int) -> Iterator[list[int]]:
     theirs.setblocking(False)
 
     def watch():  # in a thread, as Python's own handlers wait for the end of a backward pass
-        while content := ours.recv(1):
-            number = content[0]
-            received.extend({number}.intersection(STOP))
-            if processes == 1 and number == signal.SIGINT and len(received) > 1:
-                os._exit(130)
+        with ours:
+            while content := ours.recv(1):
+                number = content[0]
+                received.extend({number}.intersection(STOP))
+                if processes == 1 and number == signal.SIGINT and len(received) > 1:
+                    os._exit(130)
 
     threading.Thread(target=watch, daemon=True).start()
     before = {number: signal.signal(number, lambda *_: None) for number in STOP}

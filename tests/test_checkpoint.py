@@ -127,7 +127,7 @@ def test_a_finished_run_says_so(argv, tmp_path, capsys):
         (["--batch-size", 8], ("batch_size * grad_accum 8, now 16",)),
         (["--ema-decay", 0], ("ema_decay 0.999, now 0.0",)),
         (["--max-steps", 4], ("max_steps 2, now 4",)),
-        (["--model", "tiny-mixed"], ("--model small",)),
+        (["--model", "tiny-mixed"], ("model 'small', now 'tiny-mixed'",)),
         (["--data", "less"], ("pictures_sha256",)),
     ],
 )
@@ -139,8 +139,10 @@ def test_another_recipe_is_not_mixed_in(argv, pictures, tmp_path, monkeypatch, r
     out = tmp_path / "out"
     train.main(argv(out, "--max-steps", 2))
     before = contents(checkpoints(out)[-1])
-    words = words if more[0] == "--model" else (out, "choose another --out", *words)
-    refused(train.main, argv(out, "--max-steps", 2, *more), *words)
+    command = argv(out, "--max-steps", 2, *more)
+    if more[0] == "--model":  # --init alone would refuse it
+        del command[(place := command.index("--init")) : place + 2]
+    refused(train.main, command, out, "choose another --out", *words)
     assert [c.name for c in checkpoints(out)] == ["checkpoint-0000002"]
     assert all(torch.equal(before[name], value) for name, value in contents(checkpoints(out)[-1]).items())
     tried(f"go on with another {more[0]}", f"exit 2: ... {words[-1]}")
