@@ -29,6 +29,7 @@ from checkpoint import (
     load_weights,
     lock,
     missing_pictures,
+    newest,
     newest_weights,
     start_list,
     write_picture,
@@ -204,7 +205,7 @@ def strip(frames: list[torch.Tensor]) -> torch.Tensor:
 @command
 def main(argv: list[str] | None = None):
     args, state = parse_args(argv), PartialState()  # the devices and processes there are
-    args.weights = args.weights or newest_weights()
+    args.weights = newest(args.weights or newest_weights())  # now: a run may be saving newer ones
     model, noise_scheduler, metadata = load_weights(args.weights)
     state.print(describe(args.weights, metadata))
     given = {name: getattr(args, name) for name in ("sampler", *RANGES)}
