@@ -8,29 +8,46 @@ what happened: docs/faults.md. As a script, make weights to ship:
 """
 
 import argparse
+from pathlib import Path
+
+from commands import ROOT, InputError, Parser, command, shown
+from options import PRESETS, check_options
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Make weights to ship from a run: half precision, nothing to train on.")
+    parser.add_argument("source", type=Path, help="a run or one of its checkpoints")
+    parser.add_argument("out", type=Path, help="folder to write")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+
 import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import socket
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import filelock
 import torch
 from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import get_total_norm
 from torchvision.transforms.functional import to_pil_image
 
-from dataset import ROOT, InputError, check_fields, command, load_json, read_picture, shown
-from model import PRESETS, ConditionalUNet, load_network, load_noise_scheduler
-from sampling import check_options
+from dataset import check_fields, load_json, read_picture
+from model import ConditionalUNet, load_network, load_noise_scheduler
 
 SHIPPED = ROOT / "weights" / "small"
 METADATA_NAME = "metadata.json"
@@ -54,6 +71,11 @@ def checkpoints(run: Path) -> list[Path]:
 def newest(folder: Path) -> Path:
     """The newest checkpoint if `folder` is a run, else `folder` itself."""
     return (checkpoints(folder) or [folder])[-1]
+
+
+def steps_done(run: Path) -> int:
+    """Of its newest checkpoint; 0 if there is none."""
+    return max((int(folder.name.rpartition("-")[2]) for folder in checkpoints(run)), default=0)
 
 
 def newest_weights(runs: Path = Path("runs")) -> Path:
@@ -150,8 +172,17 @@ def flush(path: Path):
 
 
 def in_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors laid out as safetensors wants them, which knows no channels_last."""
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    """The same tensors on the CPU, laid out as safetensors wants them, which knows no channels_last."""
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether all numbers are finite; waits once for each device that has some of them."""
+    of_device = defaultdict(list)
+    for tensor in tensors:
+        of_device[tensor.device].append(tensor)
+    largest = [get_total_norm(group, norm_type=math.inf) for group in of_device.values()]
+    return all(math.isfinite(norm) for norm in largest)
 
 
 def write_weights(
@@ -193,20 +224,16 @@ def write_weights(
 def save(run: Path, model, ema_model, optimizer, noise_scheduler: DDPMScheduler, metadata: dict):
     """Write a checkpoint of step `metadata["step"]`, then remove all but the newest two.
 
-    Raises InputError, and keeps those there are, if the disk is full or a number is not finite.
+    `ema_model` is `model` itself where weights are not averaged; they are then written once. Raises
+    InputError, and keeps the checkpoints there are, if the disk is full or a number is not finite.
     """
     state = optimizer.state_dict()["state"]  # parameter index -> name -> tensor
-    training = {
-        "model": model.state_dict(),
-        "optimizer": {
-            f"{i}.{name}": value
-            for i, values in state.items()
-            for name, value in values.items()
-            if torch.is_tensor(value)  # Muon also keeps what it finds out anew
-        },
-    }
-    tensors = [*ema_model.state_dict().values(), *(t for of in training.values() for t in of.values())]
-    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+    moments = {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+    training = {"optimizer": moments}
+    if ema_model is not model:
+        training["model"] = model.state_dict()
+    written = [*training.values(), ema_model.state_dict()]
+    if not all_finite([tensor for tensors in written for tensor in tensors.values()]):
         raise InputError(f"{run}: numbers that are not finite after step {metadata['step']}, not saved")
     for left in run.glob("checkpoint-*.tmp"):  # by a run that was killed
         shutil.rmtree(left)
@@ -216,8 +243,8 @@ def save(run: Path, model, ema_model, optimizer, noise_scheduler: DDPMScheduler,
         shutil.rmtree(gone)
 
 
-def resume(folder: Path, model, ema_model, optimizer, metadata: dict) -> dict:
-    """Load the checkpoint `folder`, in place, and return its metadata.
+def resume(folder: Path, model, ema_model, optimizer, scaler, metadata: dict) -> dict:
+    """Load the checkpoint `folder`, in place, and return its metadata. `scaler`: of fp16, else None.
 
     Raises InputError if it is broken or, by `metadata`, of another recipe or other data than this run.
     """
@@ -232,9 +259,14 @@ def resume(folder: Path, model, ema_model, optimizer, metadata: dict) -> dict:
     losses = before.get("losses")
     if not isinstance(losses, list) or not all(type(x) in (int, float) for x in losses):
         raise InputError(f"{folder / METADATA_NAME}, losses: expected numbers, got {shown(losses)}")
+    if scaler:
+        check_fields(before, {"grad_scaler": dict}, folder / METADATA_NAME)
+        numbers = dict.fromkeys(scaler.state_dict(), float) | {"growth_interval": int, "_growth_tracker": int}
+        scaler.load_state_dict(check_fields(before["grad_scaler"], numbers, folder / METADATA_NAME))
     try:
         load_state(ema_model, folder / WEIGHTS_NAME)
-        load_state(model, folder / "training" / "model.safetensors")
+        if ema_model is not model:
+            load_state(model, folder / "training" / "model.safetensors")
         load_optimizer(optimizer, list(model.parameters()), folder / "training" / "optimizer.safetensors")
     except InputError as error:
         raise InputError(f"{error}; without {folder} the run goes on from an earlier one") from None
@@ -374,12 +406,7 @@ def start_list(folder: Path, settings: dict) -> dict:
 
 @command
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description="Make weights to ship from a run: half precision, nothing to train on."
-    )
-    parser.add_argument("source", type=Path, help="a run or one of its checkpoints")
-    parser.add_argument("out", type=Path, help="folder to write")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     model, noise_scheduler, metadata = load_weights(args.source)
     metadata["sampling"] = PRESETS[metadata["model"]]["sampling"]  # it may have been chosen after training
     metadata.pop("losses", None)  # of the steps after the last line in the log

@@ -3,9 +3,7 @@
 Pictures are squashed to 64x64 without crop or padding: both would lose objects that the label names.
 """
 
-import argparse
 import collections
-import functools
 import hashlib
 import itertools
 import json
@@ -24,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-ROOT = Path(__file__).resolve().parent  # the label files and weights that ship stand beside the scripts
+from commands import ROOT, InputError, shown
+
 IMAGE_SIZE = 64
 NUM_OBJECTS = 24
 MAX_OBJECTS = 5  # a CLEVR scene of this kind holds no more
@@ -34,42 +33,6 @@ CACHE_NAME = f".pictures-{IMAGE_SIZE}.safetensors"
 MANIFEST_NAME = "manifest.json"
 PACK = ROOT / "iclevr.npz"  # the pictures that ship
 HELD_OUT = ROOT / "held_out.npz"  # others of the first 700 scenes of the same labels, to compare samples with
-
-
-class InputError(ValueError):
-    """A mistake in what the user gave, in one line: which file, which entry, what was expected."""
-
-
-def command(main):
-    """Wrap a script's `main(argv)`: an InputError or OSError becomes one line on stderr and exit code 2."""
-
-    @functools.wraps(main)
-    def run(argv: list[str] | None = None):
-        try:
-            return main(argv)
-        except InputError as error:
-            message = str(error)
-        except OSError as error:
-            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            raise SystemExit(130) from None
-        print("error:", " ".join(message.splitlines()), file=sys.stderr)
-        raise SystemExit(2)
-
-    return run
-
-
-def number(kind: type, low: float, high: float = math.inf):
-    """An argparse type: a finite int or float from `low` to `high`."""
-
-    def parse(text: str):
-        if not low <= (value := kind(text)) <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
-    return parse
 
 
 # ------------------------------------------------------------------------------------------------ label files
@@ -125,12 +88,6 @@ def load_objects(path: Path | str = ROOT / "objects.json") -> dict[str, int]:
         if len(name.split()) != 2:
             raise InputError(f"{path}, entry {shown(name)}: expected a colour and a shape")
     return {name: int(index) for name, index in objects.items()}
-
-
-def shown(value) -> str:
-    """What was found in a file, for an error message, which nothing may make endless."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def check_fields(found, kinds: dict[str, type], path: Path | str) -> dict:

@@ -8,14 +8,46 @@ From code: `evaluation_model().eval(images, labels)`, as in the lab's own evalua
 """
 
 import argparse
+from pathlib import Path
+
+from commands import ROOT, InputError, Parser, command, number, shown
+from options import PRECISIONS
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="folder of pictures; with --train one or more")
+    parser.add_argument("--labels", type=Path, help="default: FOLDER/labels.json, else <FOLDER's name>.json")
+    parser.add_argument(
+        "--weights", type=Path, help="default: checkpoint.pth if there, else weights/evaluator.pth"
+    )
+    parser.add_argument("--train", action="store_true", help="train on the folders instead of scoring one")
+    parser.add_argument(
+        "--epochs", type=number(int, 1), default=40, help="with --train (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="with --train (default: %(default)s)")
+    parser.add_argument(
+        "--mixed-precision", choices=PRECISIONS, help="with --train (default: what is fastest here)"
+    )
+    parser.add_argument("--out", type=Path, help="with --train: weights file to write")
+    args = parser.parse_args(argv)
+    if args.train != bool(args.out):
+        parser.error("--train and --out belong together")
+    if len(args.folders) > 1 and not args.train:
+        parser.error("one folder at a time is scored")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+
 import hashlib
 import io
 import math
 import warnings
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
@@ -25,26 +57,24 @@ from tqdm import tqdm
 from checkpoint import write_whole
 from dataset import (
     NUM_OBJECTS,
-    ROOT,
     ICLEVRDataset,
-    InputError,
-    command,
     load_conditions,
     load_json,
     load_labels,
     load_objects,
     multi_hot,
-    number,
     read_picture,
-    shown,
     split_by_scene,
     to_float,
 )
-from model import choose_precision
+from device import choose_precision, explained, join_processes
 
 OFFICIAL_BLOB = (
     "ff70bd18a0c247595d56a8168cac7adcd61333e6"  # `git hash-object checkpoint.pth` of the lab's file
 )
+
+
+BATCH_SIZE = 250  # pictures that a network is given at once
 
 
 def build_network() -> nn.Module:
@@ -100,7 +130,8 @@ class evaluation_model:  # noqa: N801 - the lab's name, which its users' code im
         self.threshold = checkpoint.get("threshold", 0.5)  # a probability above it: object seen
         if not isinstance(self.threshold, float) or not 0 <= self.threshold <= 1:
             raise InputError(f"{self.path}, threshold: expected one of 0 to 1, got {shown(self.threshold)}")
-        self.resnet18.to(self.device).eval()
+        with explained(self.device, "for the evaluator"):
+            self.resnet18.to(self.device).eval()
         self.has_warned = False
 
     def compute_acc(self, out: torch.Tensor, onehot_labels: torch.Tensor) -> float:
@@ -122,20 +153,27 @@ class evaluation_model:  # noqa: N801 - the lab's name, which its users' code im
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """Probability [B, 24], on the CPU, of each object in float images [B, 3, 64, 64] in [-1, 1].
+        """Probability [B, 24], on the CPU, of each object in float images [B, 3, 64, 64] in [-1, 1], however
+        many: the network is given BATCH_SIZE at a time.
 
         Raises ValueError for integer or non-finite images and for values beyond 3, which no normalisation to
         [-1, 1] gives; warns once for values beyond 1.05 (samples that were not clamped).
         """
         if not images.is_floating_point():
             raise ValueError(f"expected float images in [-1, 1], got {images.dtype}")
-        peak = images.abs().max().item()
+        parts = images.split(BATCH_SIZE)
+        peak = torch.stack([part.abs().max() for part in parts]).max().item()
         if not math.isfinite(peak) or peak > 3:
             raise ValueError(f"expected images in [-1, 1], got values up to {peak}")
         if peak > 1.05 and not self.has_warned:
             warnings.warn(f"images reach {peak:.2f}; the evaluator was trained on [-1, 1]", stacklevel=2)
             self.has_warned = True
-        return self.resnet18(images.to(self.device)).cpu()
+        with explained(self.device, "for the evaluator"):
+            return torch.cat([self.resnet18(part.to(self.device)).cpu() for part in parts])
+
+    def judge(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The same for uint8 pictures [N, 3, 64, 64]."""
+        return torch.cat([self.probabilities(to_float(part)) for part in pictures.split(BATCH_SIZE)])
 
     def eval(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Accuracy of images [B, 3, 64, 64] in [-1, 1] against multi-hot labels [B, 24]: `compute_acc`."""
@@ -153,7 +191,7 @@ def score_folder(
         conditions = load_conditions(labels_path, objects)
         filenames = [f"{i}.png" for i in range(len(conditions))]
     images = torch.stack([read_picture(folder / name) for name in filenames])
-    found, labels = evaluator.probabilities(to_float(images)), multi_hot(conditions, objects)
+    found, labels = evaluator.judge(images), multi_hot(conditions, objects)
     return evaluator.compute_acc(found, labels), evaluator.exact_set(found, labels)
 
 
@@ -251,33 +289,18 @@ def labels_of(folder: Path, otherwise: Path) -> Path:
 
 @command
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="folder of pictures; with --train one or more")
-    parser.add_argument("--labels", type=Path, help="default: FOLDER/labels.json, else <FOLDER's name>.json")
-    parser.add_argument(
-        "--weights", type=Path, help="default: checkpoint.pth if there, else weights/evaluator.pth"
-    )
-    parser.add_argument("--train", action="store_true", help="train on the folders instead of scoring one")
-    parser.add_argument(
-        "--epochs", type=number(int, 1), default=40, help="with --train (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="with --train (default: %(default)s)")
-    parser.add_argument(
-        "--mixed-precision", choices=("no", "bf16"), help="with --train (default: bf16 on CUDA, else no)"
-    )
-    parser.add_argument("--out", type=Path, help="with --train: weights file to write")
-    args = parser.parse_args(argv)
-    if args.train != bool(args.out):
-        parser.error("--train and --out belong together")
+    args = parse_args(argv)
     objects = load_objects()
     if args.train:
-        precision, _ = choose_precision(PartialState().device, args.mixed_precision)
+        device = join_processes().device
+        precision, _ = choose_precision(device, args.mixed_precision)
         train_json = ROOT / "train.json"
         paths = [args.labels or labels_of(folder, train_json) for folder in args.folders]
         sets = [ICLEVRDataset(f, path, objects) for f, path in zip(args.folders, paths, strict=True)]
         images, labels = torch.cat([s.images for s in sets]), torch.cat([s.labels for s in sets])
         filenames = [f for s in sets for f in s.filenames]
-        checkpoint = train(images, labels, filenames, args.epochs, args.seed, precision)
+        with explained(device, "in training"):
+            checkpoint = train(images, labels, filenames, args.epochs, args.seed, precision)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         torch.save(checkpoint, content := io.BytesIO())
         write_whole(args.out, content.getvalue())
@@ -285,8 +308,6 @@ def main(argv: list[str] | None = None):
             f"{args.out}: trained on {checkpoint['pictures']:,} pictures, threshold {checkpoint['threshold']}"
         )
         return
-    if len(args.folders) > 1:
-        parser.error("one folder at a time is scored")
     folder = args.folders[0]
     labels_path = args.labels or labels_of(folder, ROOT / f"{folder.resolve().name}.json")
     evaluator = evaluation_model(args.weights)

@@ -7,12 +7,26 @@ interval, with the exact set, and with a second judge that counts (judge.py).
 """
 
 import argparse
+from pathlib import Path
+
+from commands import InputError, Parser, command
+from options import RANGES, check_options
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="such as images/test")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+
 import collections
 import statistics
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from scipy.stats import t as student_t
@@ -23,19 +37,16 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from dataset import (
     NUM_OBJECTS,
-    InputError,
     check_condition,
     check_fields,
-    command,
     load_json,
     load_objects,
     multi_hot,
     read_pictures,
     to_float,
 )
-from evaluator import evaluation_model
+from evaluator import BATCH_SIZE, evaluation_model
 from judge import Found, count_colours, find_objects
-from sampling import RANGES, check_options
 
 REPORT = {"conditions": list, "num_images": int, "seed": int, "accuracies": list, "precision": str}
 REPORT |= {"weights": str, "evaluator": str}  # what a report of sample.py has at least
@@ -96,7 +107,7 @@ class Judged:
 def judge(pictures: torch.Tensor, conditions: list[list[str]], evaluator: evaluation_model) -> Judged:
     """Show uint8 pictures [N, 3, 64, 64], which are to show `conditions`, to both judges."""
     labels = multi_hot(conditions, load_objects()).bool()
-    found = torch.cat([evaluator.probabilities(to_float(part)) for part in pictures.split(250)])
+    found = evaluator.judge(pictures)
     objects = [find_objects(picture) for picture in pictures.numpy()]
     return Judged(pictures, conditions, labels, found, evaluator.threshold, objects)
 
@@ -242,7 +253,8 @@ def confusion_matrix(judged: Judged, names: list[str]) -> torch.Tensor:
 def features(pictures: torch.Tensor, evaluator: evaluation_model) -> torch.Tensor:
     """What the evaluator's last layer is given of uint8 pictures [N, 3, 64, 64]: [N, 512]."""
     body = nn.Sequential(*list(evaluator.resnet18.children())[:-1], nn.Flatten())
-    return torch.cat([body(to_float(part).to(evaluator.device)).cpu() for part in pictures.split(250)])
+    parts = pictures.split(BATCH_SIZE)
+    return torch.cat([body(to_float(part).to(evaluator.device)).cpu() for part in parts])
 
 
 def distances(real: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
@@ -286,9 +298,7 @@ def nearest(pictures: torch.Tensor, training: torch.Tensor) -> tuple[torch.Tenso
 
 @command
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="such as images/test")
-    for folder in parser.parse_args(argv).folders:
+    for folder in parse_args(argv).folders:
         report, judged = load_samples(folder)
         found = scores(runs_of(judged, len(report["conditions"])))
         interval = found["accuracy"].interval

@@ -15,15 +15,57 @@ arXiv 1612.06890) with the placement of i-CLEVR (El-Nouby et al. 2019, arXiv 181
 """
 
 import argparse
+import os
+from pathlib import Path
+
+from commands import ROOT, InputError, Parser, command, number
+
+SAMPLES = 24  # light paths per pixel: grain below 2 grey levels on objects, 0.7 on the ground
+FILM_SIZES = {"64x64": (128, 96), "320x240": (320, 240)}  # 64x64 is squashed from 4:3, as the original is
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--labels", type=Path, default=ROOT / "train.json", help="label file (default: train.json)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder to write to (default: iclevr; --make-labels: this one)"
+    )
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="the first N scenes alone")
+    parser.add_argument("--size", choices=FILM_SIZES, default="64x64", help="pixels (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=number(int, 1), default=SAMPLES, help="light paths per pixel (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of places, lamps and labels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=number(int, 1), default=os.cpu_count(), help="processes (default: all cores)"
+    )
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--make-labels", action="store_true", help="write the five label files and stop")
+    other.add_argument("--random-scenes", type=number(int, 1), metavar="N",
+                       help="render all steps of N new scenes of 1 to 5 objects")  # fmt: skip
+    other.add_argument("--pack", action="store_true", help="write the pictures of --out to one file, OUT.npz")
+    other.add_argument("--verify", action="store_true",
+                       help="compare --limit scenes (default: 20) of OUT.npz with new renders")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.random_scenes and not args.out:
+        parser.error("--random-scenes needs --out DIR")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+
 import importlib.metadata
 import io
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -32,15 +74,11 @@ from tqdm import tqdm
 from dataset import (
     MANIFEST_NAME,
     MAX_OBJECTS,
-    ROOT,
     ICLEVRDataset,
-    InputError,
-    command,
     file_sha256,
     load_json,
     load_labels,
     load_objects,
-    number,
     save_pack,
     scene_of,
 )
@@ -74,9 +112,6 @@ OBJECT_SIZE = 0.58  # sphere radius, half-edge, cylinder radius and half-height;
 CUBE_BEVEL, CYLINDER_BEVEL = 0.10, 0.09  # of OBJECT_SIZE
 PLACE_RANGE, MIN_DISTANCE = 3.0, 2.45  # centres in [-3, 3]^2, centre to centre
 MIN_VISIBLE = 200  # pixels of 320x240 that each of the five placed objects must show
-
-SAMPLES = 24  # light paths per pixel: grain below 2 grey levels on objects, 0.7 on the ground
-FILM_SIZES = {"64x64": (128, 96), "320x240": (320, 240)}  # 64x64 is squashed from 4:3, as the original is
 
 
 # --------------------------------------------------------------------------------------------------- labels
@@ -526,38 +561,6 @@ def verify(path: Path, labels_path: Path, scenes: int, workers: int, objects: di
     print(f"{share:.4%} of their pixels differ, by {largest} grey levels at most")
     if here != options["mitsuba"]:
         print(f"packed from Mitsuba {options['mitsuba']}, rendered again with {here}")
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--labels", type=Path, default=ROOT / "train.json", help="label file (default: train.json)"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder to write to (default: iclevr; --make-labels: this one)"
-    )
-    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="the first N scenes alone")
-    parser.add_argument("--size", choices=FILM_SIZES, default="64x64", help="pixels (default: %(default)s)")
-    parser.add_argument(
-        "--samples", type=number(int, 1), default=SAMPLES, help="light paths per pixel (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of places, lamps and labels (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--workers", type=number(int, 1), default=os.cpu_count(), help="processes (default: all cores)"
-    )
-    other = parser.add_mutually_exclusive_group()
-    other.add_argument("--make-labels", action="store_true", help="write the five label files and stop")
-    other.add_argument("--random-scenes", type=number(int, 1), metavar="N",
-                       help="render all steps of N new scenes of 1 to 5 objects")  # fmt: skip
-    other.add_argument("--pack", action="store_true", help="write the pictures of --out to one file, OUT.npz")
-    other.add_argument("--verify", action="store_true",
-                       help="compare --limit scenes (default: 20) of OUT.npz with new renders")  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.random_scenes and not args.out:
-        parser.error("--random-scenes needs --out DIR")
-    return args
 
 
 @command

@@ -9,6 +9,27 @@ as images/best_of_4/test) a row each in the table of scores. `benchmarks/page.sh
 """
 
 import argparse
+from pathlib import Path
+
+from commands import ROOT, InputError, Parser, command
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("images", type=Path, nargs="?", default=Path("images"),
+        help="folder that sample.py wrote to (default: %(default)s)")  # fmt: skip
+    add("--out", type=Path, help="page to write (default: IMAGES/report.html)")
+    add("--data", type=Path, help="training pictures (default: iclevr/, else the pack that ships)")
+    add("--labels", type=Path, default=ROOT / "train.json", help="theirs (default: train.json)")
+    add("--held-out", type=Path, help="renders of the same labels, not trained on (default: held_out.npz)")
+    add("--figures", type=Path, nargs="+", default=[], help="PNG files to put on the page as well")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+
 import base64
 import collections
 import datetime
@@ -19,7 +40,6 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import jinja2
 import matplotlib
@@ -32,7 +52,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from checkpoint import METADATA_NAME, newest, write_whole
-from dataset import HELD_OUT, ROOT, ICLEVRDataset, InputError, command, default_data, load_json, load_objects
+from dataset import HELD_OUT, ICLEVRDataset, default_data, load_json, load_objects
 from evaluator import evaluation_model
 from judge import count_colours, find_objects
 from metrics import (
@@ -369,18 +389,8 @@ def build(images: Path, held_out: ICLEVRDataset | None, training: Callable[[], I
 
 @command
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("images", type=Path, nargs="?", default=Path("images"),
-        help="folder that sample.py wrote to (default: %(default)s)")  # fmt: skip
-    add("--out", type=Path, help="page to write (default: IMAGES/report.html)")
-    add("--data", type=Path, default=default_data(), help="training pictures (default: %(default)s)")
-    add("--labels", type=Path, default=ROOT / "train.json", help="theirs (default: train.json)")
-    add(
-        "--held-out", type=Path, help=f"renders of the same labels, not trained on (default: {HELD_OUT.name})"
-    )
-    add("--figures", type=Path, nargs="+", default=[], help="PNG files to put on the page as well")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
+    args.data = args.data or default_data()
     out, objects = args.out or args.images / "report.html", load_objects()
     figures = {path.stem: file_url(path) for path in args.figures}
     held_out = load_held_out(args.held_out, args.labels, objects)

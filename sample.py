@@ -8,76 +8,18 @@ accelerate launch sample.py --mode test --num-images 50000   # several GPUs: the
 """
 
 import argparse
-import datetime
-import json
-import math
-import statistics
-import sys
-import time
-from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-from torchvision.utils import make_grid
-from tqdm import tqdm
-
-from checkpoint import (
-    SHIPPED,
-    fingerprint,
-    load_weights,
-    lock,
-    missing_pictures,
-    newest,
-    newest_weights,
-    start_list,
-    write_picture,
-    write_whole,
-)
-from dataset import (
-    NUM_OBJECTS,
-    ROOT,
-    InputError,
-    check_condition,
-    command,
-    file_sha256,
-    load_conditions,
-    load_objects,
-    mistaken_labels,
-    multi_hot,
-    number,
-    read_pictures,
-    to_float,
-    to_uint8,
-    twin_labels,
-)
-from evaluator import evaluation_model
-from model import choose_setup, is_out_of_memory
-from sampling import RANGES, SAMPLERS, batch_size_for, generate, lift, picture_seed, prepare
+from commands import ROOT, InputError, Parser, command, number
+from options import PRECISIONS, RANGES, SAMPLERS
 
 PROCESS = ["red sphere", "cyan cylinder", "cyan cube"]  # what labs want to see come out of the noise
 STRIP = 10  # pictures of it
 CODE = ("sample.py", "sampling.py", "model.py", "dataset.py")  # that decides what the pictures look like
 
 
-def describe(folder: Path, metadata: dict) -> str:
-    seen = metadata["pictures_seen"]
-    epoch = metadata["data"]["labelled"]
-    line = f"weights: {folder} ({metadata['model']}, trained on {seen:,} pictures"
-    if seen < epoch:
-        line += f", less than one epoch of {epoch:,}; trained ones ship in {SHIPPED.relative_to(ROOT)}"
-    return line + ")"
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--mode", required=True, nargs="+", help="test, new_test, validation, train, unseen (triples that "
         "occur nowhere in what the weights were trained on), files like test.json, or process: a picture "
@@ -91,7 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="paint a list N times, with --seed and those after it (default: 1)")  # fmt: skip
     amount.add_argument("--num-images", type=number(int, 1), metavar="N", help="the same, up to N pictures")
     add("--batch-size", type=number(int, 1), help="pictures at a time (default: 64, on a CPU 16)")
-    add("--mixed-precision", choices=("no", "bf16"), help="default: bf16 on CUDA, else no")
+    add("--mixed-precision", choices=PRECISIONS, help="default: what is fastest here")
     add("--evaluator", type=Path, help="default: checkpoint.pth if it is there, else weights/evaluator.pth")
 
     group = parser.add_argument_group("sampling (defaults: what the weights were made for)")
@@ -115,56 +57,160 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="steer by the evaluator: the accuracy then says nothing about the model; 0: do not")  # fmt: skip
     args = parser.parse_args(argv)
     if args.objects and "process" not in args.mode:
-        raise InputError("--objects is for --mode process; a list of conditions is a file like test.json")
+        parser.error("--objects is for --mode process; a list of conditions is a file like test.json")
     return args
 
 
-def load_list(mode: str, args: argparse.Namespace, unseen: list, objects: dict[str, int]) -> tuple:
-    """Label file and conditions that `mode` stands for. Raises InputError."""
+if __name__ == "__main__":
+    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+
+import contextlib
+import datetime
+import functools
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import torch
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from checkpoint import (
+    SHIPPED,
+    fingerprint,
+    load_weights,
+    lock,
+    missing_pictures,
+    newest,
+    newest_weights,
+    start_list,
+    write_picture,
+    write_whole,
+)
+from dataset import (
+    check_condition,
+    file_sha256,
+    load_conditions,
+    load_objects,
+    multi_hot,
+    read_pictures,
+    to_uint8,
+)
+from device import choose_precision, choose_setup, explained, join_processes, prepare
+from evaluator import evaluation_model
+from sampling import batch_size_for, paint
+
+
+def describe(folder: Path, metadata: dict) -> str:
+    seen = metadata["pictures_seen"]
+    epoch = metadata["data"]["labelled"]
+    line = f"weights: {folder} ({metadata['model']}, trained on {seen:,} pictures"
+    if seen < epoch:
+        line += f", less than one epoch of {epoch:,}; trained ones ship in {SHIPPED.relative_to(ROOT)}"
+    return line + ")"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+@dataclass
+class PictureList:
+    """A label list to paint: its pictures go into the folder `target`, grid and report beside it."""
+
+    labels: str  # name of the label file
+    conditions: list[list[str]]
+    target: Path
+    places: list[tuple[int, int]]  # of each picture: seed, index of its condition
+    missing: set[int] = field(default_factory=set)  # pictures that are not there yet
+    report: dict = field(default_factory=dict)
+    frames: list[torch.Tensor] = field(default_factory=list)  # [3, 64, 64], of --mode process
+
+    @property
+    def is_process(self) -> bool:
+        return self.labels == "process"
+
+
+def load_list(mode: str, args: argparse.Namespace, unseen: list, objects: dict[str, int]) -> PictureList:
+    """The list that `mode` stands for. Raises InputError."""
+    path = Path(mode)
     if mode == "process":
-        return Path(mode), [check_condition(args.objects or PROCESS, objects, "--objects")]
-    if mode == "unseen":
+        conditions = [check_condition(args.objects or PROCESS, objects, "--objects")]
+    elif mode == "unseen":
         if not unseen:
             raise InputError(f"{args.weights}: does not tell which triples it has not seen; train it anew")
         where = f"{args.weights}, unseen, entry"
-        return Path(mode), [check_condition(c, objects, f"{where} {i}") for i, c in enumerate(unseen)]
-    known = ROOT / f"{mode}.json"
-    path = known if known.exists() else Path(mode)
-    if (args.out / path.stem).with_suffix(".json").resolve() == path.resolve():
-        raise InputError(f"{path}: the report of this list would overwrite it; choose another --out")
-    return path, load_conditions(path, objects)
+        conditions = [check_condition(c, objects, f"{where} {i}") for i, c in enumerate(unseen)]
+    else:
+        known = ROOT / f"{mode}.json"
+        path = known if known.exists() else path
+        if (args.out / path.stem).with_suffix(".json").resolve() == path.resolve():
+            raise InputError(f"{path}: the report of this list would overwrite it; choose another --out")
+        conditions = load_conditions(path, objects)
+    # Picture i shows condition i % N, with the seed that follows for each time through the list.
+    amount = args.num_images or args.seeds * len(conditions)
+    if mode == "process":
+        amount = 1
+    places = [(args.seed + i // len(conditions), i % len(conditions)) for i in range(amount)]
+    return PictureList(path.name, conditions, args.out / path.stem, places)
 
 
-def paint_list(paint, conditions, target: Path, settings: dict, passes: int, state) -> dict:
-    """Write the pictures of a list that are missing in `target`, each process its share.
+def batches_of(lists: list[PictureList], size: int) -> list[list[tuple[PictureList, int]]]:
+    """All pictures in one queue, as (list, index), in batches of `size`, less those that are all there.
 
-    Returns the list's report: `settings` and, of the newest run that had any to paint, how many, how long it
-    took, and the date. A batch of which a picture is missing is painted whole, so that what is written does
-    not depend on where an earlier run was stopped.
+    A batch of which some are missing is painted whole, so that what is written does not depend on where an
+    earlier run was stopped.
     """
-    report = start_list(target, settings) if state.is_main_process else {}
-    state.wait_for_everyone()
-    missing, size = set(missing_pictures(target, settings["num_images"])), settings["batch_size"]
-    state.wait_for_everyone()  # before the first writes one
-    batches = [range(settings["num_images"])[i : i + size] for i in range(0, settings["num_images"], size)]
-    batches = [batch for batch in batches if missing.intersection(batch)]
-    mine = batches[state.process_index :: state.num_processes]
-    start, quiet = time.perf_counter(), not state.is_main_process
-    with tqdm(total=passes * len(mine), unit="step", disable=quiet, leave=False) as bar:
-        for indices in mine:
-            images = paint(conditions, indices, lambda _: bar.update())
-            for i, image in zip(indices, to_uint8(images).cpu(), strict=True):
-                if i in missing:
-                    write_picture(target / f"{i}.png", image)
-    state.wait_for_everyone()
-    seconds, how = time.perf_counter() - start, "all there before"
-    if missing or "date" not in report:
-        report |= {"painted": len(missing), "seconds": round(seconds, 2)}
-        report["date"] = datetime.date.today().isoformat()
-    if missing:
-        how = f"{len(missing)} painted in {seconds:.1f} s, {len(missing) / seconds:.2f} a second"
-    state.print(f"pictures: {target}/0.png to {settings['num_images'] - 1}.png ({how})")
-    return report
+    queue = [(one, i) for one in lists for i in range(len(one.places))]
+    batches = [queue[start : start + size] for start in range(0, len(queue), size)]
+    return [batch for batch in batches if any(i in one.missing for one, i in batch)]
+
+
+def paint_batches(batches: list, size: int, painter, bar: tqdm):
+    """Paint `batches_of` lists and write what was missing. `size`: what each is filled up to.
+
+    `painter(conditions, places, callback)` gives pictures [B, 3, 64, 64], as `sampling.paint` does.
+    """
+    for batch in batches:
+        filled = batch + batch[-1:] * (size - len(batch))
+
+        def look(images: torch.Tensor, batch=batch):
+            bar.update()
+            for image, (one, _) in zip(images, batch, strict=False):
+                if one.is_process:
+                    one.frames.append(image)
+
+        conditions = [one.conditions[one.places[i][1]] for one, i in filled]
+        images = painter(conditions, [one.places[i] for one, i in filled], callback=look)
+        for image, (one, i) in zip(to_uint8(images).cpu(), batch, strict=False):
+            if i in one.missing and not one.is_process:
+                write_picture(one.target / f"{i}.png", image)
+
+
+def strip(frames: list[torch.Tensor]) -> torch.Tensor:
+    """`STRIP` of the frames [3, 64, 64] as a row: the first, the last, and more of the later ones, in which
+    there is more to see."""
+    way = 1 - torch.linspace(1, 0, min(STRIP, len(frames))) ** 1.7
+    chosen = (way * (len(frames) - 1)).round().int().tolist()
+    return make_grid(to_uint8(torch.stack([frames[i] for i in chosen])).cpu(), nrow=STRIP)
+
+
+def note_painting(one: PictureList, seconds: float):
+    """Note in the report how many pictures were painted, how long that took at `seconds` a picture of all
+    lists, and the date: of the newest run that had any to paint."""
+    how, count = "all there before", len(one.missing)
+    if count or "date" not in one.report:
+        one.report["painted"] = count
+        one.report["seconds"] = round(count * seconds, 2)
+        one.report["date"] = datetime.date.today().isoformat()
+    if count:
+        how = f"{count} painted in {count * seconds:.1f} s, {1 / seconds:.2f} a second"
+    print(f"pictures: {one.target}/0.png to {len(one.places) - 1}.png ({how})")
 
 
 def score(evaluator: evaluation_model, target: Path, conditions: list[list[str]], report: dict):
@@ -177,7 +223,7 @@ def score(evaluator: evaluation_model, target: Path, conditions: list[list[str]]
     accuracies, exact_sets = [], []
     for part in pictures.split(len(labels)):  # [N, 3, 64, 64]
         if len(part) == len(labels) or not accuracies:
-            found = evaluator.probabilities(to_float(part))
+            found = evaluator.judge(part)
             accuracies.append(evaluator.compute_acc(found, labels[: len(part)]))
             exact_sets.append(evaluator.exact_set(found, labels[: len(part)]))
     write_picture(target.with_suffix(".png"), make_grid(pictures[: len(labels)], nrow=8))
@@ -194,17 +240,10 @@ def score(evaluator: evaluation_model, target: Path, conditions: list[list[str]]
     print(f"accuracy: {mean:.4f}{spread}, exact set: {exact_set:.4f}{by}")
 
 
-def strip(frames: list[torch.Tensor]) -> torch.Tensor:
-    """`STRIP` of the frames [1, 3, 64, 64] as a row: the first, the last, and more of the later ones, in
-    which there is more to see."""
-    way = 1 - torch.linspace(1, 0, min(STRIP, len(frames))) ** 1.7
-    chosen = (way * (len(frames) - 1)).round().int().tolist()
-    return make_grid(to_uint8(torch.cat([frames[i] for i in chosen])).cpu(), nrow=STRIP)
-
-
 @command
 def main(argv: list[str] | None = None):
-    args, state = parse_args(argv), PartialState()  # the devices and processes there are
+    args, state = parse_args(argv), join_processes()
+    is_main = state.is_main_process
     args.weights = newest(args.weights or newest_weights())  # now: a run may be saving newer ones
     model, noise_scheduler, metadata = load_weights(args.weights)
     state.print(describe(args.weights, metadata))
@@ -212,76 +251,72 @@ def main(argv: list[str] | None = None):
     options = metadata["sampling"] | {name: value for name, value in given.items() if value is not None}
     objects, evaluator = load_objects(), evaluation_model(args.evaluator, state.device)
     lists = [load_list(mode, args, metadata["unseen"], objects) for mode in args.mode]
-    names = [path.stem for path, _ in lists]
+    names = [one.target.name for one in lists]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"--mode: two lists named {repeated[0]} would share one folder; sample them apart")
-    # Picture i shows condition i % N, with the seed that follows for each time through the list.
-    amounts = [args.num_images or args.seeds * len(conditions) for _, conditions in lists]
-    size = args.batch_size or batch_size_for(state.device)
-    size = min(size, math.ceil(max(amounts) / state.num_processes))
-    passes = options["steps"] * args.best_of  # of a batch
-    batches = sum(math.ceil(amount / size / state.num_processes) for amount in amounts)
-    setup = choose_setup(state.device, args.mixed_precision, passes * batches, training=False)
-    state.print(setup)
-    state.print(f"evaluator: {evaluator.path}; {json.dumps(options)}")
-    eager_model, compiled_model = prepare(model, setup)
-
-    def paint(conditions: list[list[str]], indices: range, callback, best_of=args.best_of) -> torch.Tensor:
-        """Pictures [B, 3, 64, 64] in [-1, 1] of the `indices` of a list."""
-        # Compiling once more for a smaller last batch would not pay.
-        network = compiled_model if len(indices) == size else eager_model
-        own = [conditions[i % len(conditions)] for i in indices]
-        labels = multi_hot(own, objects).to(state.device)
-        negatives = [twin_labels(condition, objects) for condition in own]
-        places = [(args.seed + i // len(conditions), i % len(conditions)) for i in indices]
-        candidates = []
-        for k in range(best_of):
-            seeds = [picture_seed(*place, k) for place in places]
-            guides = {"negative_labels": negatives, "evaluator": evaluator.resnet18, "callback": callback}
-            candidates.append(generate(network, noise_scheduler, labels, seeds, **options, **guides))
-        if best_of == 1:
-            return candidates[0]
-        others = [torch.zeros(1, NUM_OBJECTS)] * len(own)
-        if args.lift_over == "mistakes":
-            others = [mistaken_labels(condition, objects) for condition in own]
-        lifts = [lift(eager_model, noise_scheduler, images, labels, others) for images in candidates]
-        return torch.stack(candidates)[torch.stack(lifts).argmax(0), torch.arange(len(own))]
-
-    facts = {"precision": setup.precision, "batch_size": size, "weights": str(args.weights)}
+    amount = sum(len(one.places) for one in lists)
+    size = batch_size_for(state.device, amount, state.num_processes, args.batch_size)
+    precision, _ = choose_precision(state.device, args.mixed_precision)
+    facts = {"precision": precision, "batch_size": size, "weights": str(args.weights)}
     facts |= {"model": metadata["model"], "pictures_seen": metadata["pictures_seen"]}
     facts |= {"device": device_name(state.device), "weights_sha256": fingerprint(args.weights)}
     facts |= {f"{name}_sha256": file_sha256(ROOT / name) for name in CODE}
     facts |= {name: version(name) for name in ("torch", "diffusers")}
-    for (path, conditions), amount in zip(lists, amounts, strict=True):
-        target = args.out / path.stem  # folder of pictures; grid and report beside it
-        if path.name == "process":
-            if state.is_main_process:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                frames = []
-                frames.append(paint(conditions, range(1), frames.append, best_of=1))
-                write_picture(target.with_suffix(".png"), strip(frames))
-                print(f"process: {target}.png, {', '.join(conditions[0])}")
-            continue
-        settings = {"labels": path.name, "num_images": amount, "seed": args.seed, **options}
-        if args.best_of > 1:
-            settings |= {"best_of": args.best_of, "lift_over": args.lift_over}
-        if options.get("evaluator_scale"):
-            settings |= {"evaluator_sha256": file_sha256(evaluator.path)}
-        settings |= facts | {"conditions": conditions}
-        with lock(target) if state.is_main_process else nullcontext():
-            try:
-                report = paint_list(paint, conditions, target, settings, passes, state)
-            except KeyboardInterrupt:
-                print(f"{target}: stopped; the same command paints what is missing", file=sys.stderr)
-                raise SystemExit(130) from None
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise InputError(
-                    f"{state.device}: out of memory; try --batch-size {max(1, size // 2)}"
-                ) from None
-            if state.is_main_process:
-                score(evaluator, target, conditions, report)
+
+    with contextlib.ExitStack() as stack:
+        smaller = f"; try --batch-size {size // 2}" if size > 1 else ""
+        stack.enter_context(explained(state.device, f"with --batch-size {size}{smaller}"))
+        for one in lists:
+            if one.is_process:
+                one.missing = {0}
+                continue
+            settings = {"labels": one.labels, "num_images": len(one.places), "seed": args.seed, **options}
+            if args.best_of > 1:
+                settings |= {"best_of": args.best_of, "lift_over": args.lift_over}
+            if options.get("evaluator_scale"):
+                settings |= {"evaluator_sha256": file_sha256(evaluator.path)}
+            settings |= facts | {"conditions": one.conditions}
+            if is_main:
+                stack.enter_context(lock(one.target))
+                one.report = start_list(one.target, settings)
+        state.wait_for_everyone()
+        for one in lists:
+            if not one.is_process:
+                one.missing = set(missing_pictures(one.target, len(one.places)))
+        state.wait_for_everyone()  # before the first writes one
+        batches = batches_of(lists, size)
+        mine = batches[state.process_index :: state.num_processes]
+        passes = options["steps"] * args.best_of * len(mine)
+        setup = choose_setup(state, args.mixed_precision, passes, training=False)
+        state.print(setup)
+        state.print(f"evaluator: {evaluator.path}; {json.dumps(options)}")
+        plain_network, network = prepare(model, setup)
+        painter = functools.partial(
+            paint, network, plain_network, noise_scheduler, options=options, device=state.device,
+            evaluator=evaluator.resnet18, best_of=args.best_of, lift_over=args.lift_over,
+        )  # fmt: skip
+        start = time.perf_counter()
+        try:
+            calls = (options["steps"] + 1) * args.best_of * len(mine)
+            with tqdm(total=calls, unit="step", disable=not is_main, leave=False) as bar:
+                paint_batches(mine, 0 if state.device.type == "cpu" else size, painter, bar)
+        except KeyboardInterrupt:
+            where = ", ".join(str(one.target) for one in lists)
+            print(f"{where}: stopped; the same command paints what is missing", file=sys.stderr)
+            raise SystemExit(130) from None
+        for one in lists:
+            if one.frames:  # in the process that painted it, of the first candidate
+                one.target.parent.mkdir(parents=True, exist_ok=True)
+                write_picture(one.target.with_suffix(".png"), strip(one.frames[: options["steps"] + 1]))
+        state.wait_for_everyone()
+        seconds = (time.perf_counter() - start) / max(1, sum(len(one.missing) for one in lists))
+        for one in lists:
+            if is_main and one.is_process:
+                print(f"process: {one.target}.png, {', '.join(one.conditions[0])}")
+            elif is_main:
+                note_painting(one, seconds)
+                score(evaluator, one.target, one.conditions, one.report)
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

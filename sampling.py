@@ -3,22 +3,21 @@
 `sample.py` paints whole lists with it, `train.py` its grids.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from dataset import IMAGE_SIZE, InputError, shown
-from model import ConditionalUNet, Setup
+from dataset import IMAGE_SIZE, NUM_OBJECTS, load_objects, mistaken_labels, multi_hot, twin_labels
 
 # `from_config` does not carry `clip_sample` to the others: thresholding at 1 clamps x_0 just so.
 _CLAMP = {"thresholding": True, "sample_max_value": 1.0}
 _DPM = _CLAMP | {"lambda_min_clipped": -5.1}
-SAMPLERS = {
+SCHEDULERS = {  # of options.SAMPLERS
     "ddpm": (DDPMScheduler, {}),  # arXiv 2006.11239
     "ddim": (DDIMScheduler, {}),  # arXiv 2010.02502, eta 0
     "dpmsolver++": (DPMSolverMultistepScheduler, _DPM),  # arXiv 2211.01095
@@ -26,48 +25,20 @@ SAMPLERS = {
     "unipc": (UniPCMultistepScheduler, _CLAMP),  # arXiv 2302.04867
 }
 STOCHASTIC = ("ddpm", "sde-dpmsolver++")  # these draw noise on their way; from their mistakes they recover
-RANGES = {  # of the options of `generate`; both bounds of an interval
-    "steps": (1, 1000),
-    "guidance_scale": (0, 100),
-    "guidance_interval": (0, 1000),
-    "negative_scale": (0, 100),
-    "negative_interval": (0, 1000),
-    "evaluator_scale": (0, 100),
-}
 Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # images, timesteps, labels
 
 
-def check_options(options, where: str):
-    """Raise InputError unless `options`, which weights bring along, are some that `generate` takes."""
-    if not isinstance(options, dict) or not {"sampler", "steps", "guidance_scale"} <= options.keys():
-        raise InputError(f"{where}: expected sampler, steps and guidance_scale, got {shown(options)}")
-    for name, value in options.items():
-        if name not in ("sampler", *RANGES):
-            raise InputError(f"{where}, {shown(name)}: no option of sampling")
-        if name == "sampler":
-            is_right, expected = value in list(SAMPLERS), f"one of {', '.join(SAMPLERS)}"
-        else:
-            (low, high), count = RANGES[name], 2 if name.endswith("_interval") else 1
-            kinds = (int,) if name == "steps" else (int, float)
-            values = value if count == 2 and isinstance(value, list) else [value]
-            is_right = len(values) == count and all(type(v) in kinds and low <= v <= high for v in values)
-            expected = f"{'two numbers' if count == 2 else 'a number'} from {low} to {high}"
-        if not is_right:
-            raise InputError(f"{where}, {shown(name)}: expected {expected}, got {shown(value)}")
+def batch_size_for(device: torch.device, pictures: int, processes: int, most: int | None) -> int:
+    """Pictures at a time, of so many in all.
 
-
-def prepare(model: ConditionalUNet, setup: Setup) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The network on its device to sample with, plain and compiled; twice the same if not to be compiled."""
-    model = model.to(memory_format=setup.memory_format).eval()
-    model = Accelerator(mixed_precision=setup.precision).prepare_model(model, evaluation_mode=True)
-    if not setup.compile_mode:
-        return model, model
-    return model, torch.compile(model, mode=setup.compile_mode, dynamic=False)
-
-
-def batch_size_for(device: torch.device) -> int:
-    """Pictures at a time. Guidance doubles it, and more than 32 at once are slower on a CPU."""
-    return 16 if device.type == "cpu" else 64
+    `most`: None for what the device likes, 64, but 16 on a CPU: guidance doubles it, and more than 32 at once
+    are slower there. Elsewhere as many as make the batches of all processes even, since the last one is
+    filled up: a compiled network wants all batches of one size.
+    """
+    if device.type == "cpu":
+        return min(most or 16, math.ceil(pictures / processes))
+    rounds = math.ceil(pictures / processes / (most or 64))
+    return math.ceil(pictures / processes / rounds)
 
 
 def picture_seed(seed: int, index: int, candidate: int = 0) -> int:
@@ -115,10 +86,10 @@ def generate(
     prediction lies nearest to the conditional one: the mistake that the picture is about to make.
 
     `evaluator`, for `evaluator_scale` above 0: [B, 3, 64, 64] in [-1, 1] -> probabilities [B, 24]; see
-    `evaluator_gradient`. `callback` is given the noisy images before each step.
+    `evaluator_gradient`. `callback` is given the images before each step, and the clear ones at the end.
     """
     device, count = labels.device, len(labels)
-    scheduler_class, options = SAMPLERS[sampler]
+    scheduler_class, options = SCHEDULERS[sampler]
     scheduler = scheduler_class.from_config(noise_scheduler.config, **options)
     scheduler.set_timesteps(steps)  # kept on the CPU: a step then waits for nothing on a GPU
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same start on any device
@@ -163,7 +134,9 @@ def generate(
             gradient = evaluator_gradient(evaluator, noise_scheduler, images, prediction, t, labels)
             prediction = prediction - evaluator_scale * gradient
         images = scheduler.step(prediction, t, images, **noise_source).prev_sample
-    return images.clamp(-1, 1)
+    images = images.clamp(-1, 1)
+    callback(images)
+    return images
 
 
 @torch.enable_grad()
@@ -231,3 +204,44 @@ def lift(
     own, others = errors.split([len(images), len(rows) - len(images)])
     least = torch.full_like(own, torch.inf).scatter_reduce(0, rows[len(images) :], others, "amin")
     return (least - own) / (len(LIFT_TIMESTEPS) * LIFT_DRAWS)
+
+
+def paint(
+    network: Network,
+    plain_network: Network,
+    noise_scheduler: DDPMScheduler,
+    conditions: list[list[str]],
+    places: list[tuple[int, int]],
+    options: dict,
+    device: torch.device,
+    evaluator: torch.nn.Module,
+    best_of: int = 1,
+    lift_over: str = "mistakes",
+    callback: Callable[[torch.Tensor], None] = lambda images: None,
+) -> torch.Tensor:
+    """Pictures [B, 3, 64, 64] in [-1, 1] of `conditions`, each the best of so many candidates by its lift.
+
+    `network` may be compiled for batches of B; `plain_network` is the same, not compiled. `places`: (seed of
+    the run, index in the list), on which a picture's noise depends. `options`: of `generate`. `lift_over`:
+    "mistakes", labels with one mistake in them, or "unconditional", none at all. `callback` as in `generate`.
+    """
+    objects = load_objects()
+    labels = multi_hot(conditions, objects).to(device)
+    options = options | {
+        "negative_labels": [twin_labels(condition, objects) for condition in conditions],
+        "evaluator": evaluator,
+        "callback": callback,
+    }
+    candidates = []
+    for k in range(best_of):
+        seeds = [picture_seed(seed, index, k) for seed, index in places]
+        candidates.append(generate(network, noise_scheduler, labels, seeds, **options))
+    if best_of == 1:
+        return candidates[0]
+    if lift_over == "mistakes":
+        others = [mistaken_labels(condition, objects) for condition in conditions]
+    else:
+        others = [torch.zeros(1, NUM_OBJECTS)] * len(conditions)
+    lifts = [lift(plain_network, noise_scheduler, images, labels, others) for images in candidates]
+    best = torch.stack(lifts).argmax(0)  # [B]
+    return torch.stack(candidates)[best, torch.arange(len(best))]

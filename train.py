@@ -10,6 +10,52 @@ classifier-free guidance (arXiv 2207.12598).
 """
 
 import argparse
+from pathlib import Path
+
+from commands import ROOT, InputError, Parser, command, number
+from options import OPTIMIZERS, PRECISIONS, PRESETS
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Train a conditional DDPM on i-CLEVR.")
+    add = parser.add_argument_group("run").add_argument
+    add("--model", choices=PRESETS, default="reference", help="preset (default: %(default)s)")
+    add("--data", type=Path, help="folder or .npz of pictures (default: iclevr/, else the pack that ships)")
+    add("--labels", type=Path, default=ROOT / "train.json", help="label file (default: train.json)")
+    add("--out", type=Path, help="folder of the run (default: runs/<model>)")
+    add("--init", type=Path, metavar="DIR", help="start from these weights and network, with a new optimizer")
+    add("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    add("--dry-run", action="store_true", help="print what would be trained on what, and stop")
+    add("--mixed-precision", choices=PRECISIONS, help="default: what is fastest here")
+
+    add = parser.add_argument_group("recipe (defaults: the preset's)").add_argument
+    add("--epochs", type=number(float, 1e-6), help="passes over the pictures")
+    add("--max-steps", type=number(int, 1), help="optimizer steps, in place of --epochs")
+    add("--batch-size", type=number(int, 1), help="pictures at a time, over all processes")
+    add("--grad-accum", type=number(int, 1), default=1, help="batches per step (default: 1)")
+    add("--learning-rate", type=number(float, 0))
+    add("--lr-schedule", choices=("constant", "linear"), help="linear: down to 0 at the end")
+    add("--warmup-steps", type=number(int, 0), help="linear warm-up of the learning rate")
+    add("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: none")
+    add("--label-dropout", type=number(float, 0, 1), help="share trained without label")
+    add("--optimizer", choices=OPTIMIZERS)
+    add("--timestep-sampling", choices=("uniform", "logit-normal"))
+
+    add = parser.add_argument_group("output").add_argument
+    add("--save-every", type=number(int, 1), metavar="STEPS", help="default: every 10 minutes, at the end")
+    add("--sample-every", type=number(int, 0), default=1000, metavar="STEPS", help="default: 1000; 0: never")
+    add("--log-with", choices=("tensorboard", "wandb"), help="besides <out>/log.jsonl")
+    args = parser.parse_args(argv)
+    for name, value in PRESETS[args.model]["training"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or Path("runs", args.model)
+    return args
+
+
+if __name__ == "__main__":
+    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+
 import copy
 import functools
 import json
@@ -17,15 +63,13 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections import deque
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
-from timm.optim import Muon
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from torchvision.utils import make_grid
@@ -34,31 +78,27 @@ from tqdm import tqdm
 import checkpoint
 from dataset import (
     NUM_OBJECTS,
-    ROOT,
     ICLEVRDataset,
-    InputError,
-    command,
     default_data,
     file_sha256,
     load_conditions,
     load_labels,
     load_objects,
     multi_hot,
-    number,
     to_float,
     to_uint8,
     twin_labels,
     unseen_triples,
 )
-from model import PRESETS, Setup, build, choose_setup, is_out_of_memory, out_of_memory
+from device import Setup, choose_setup, explained, join_processes, start_copy
+from model import build
+from muon import Muon
 from sampling import generate, picture_seed
 
+OPTIMIZER_CLASSES = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
 LOG_EVERY = 10  # steps
-OPTIMIZERS = {
-    "adamw": functools.partial(torch.optim.AdamW, fused=True),
-    # Orthogonal steps (kellerjordan.github.io/posts/muon), as large as AdamW's would be (arXiv 2502.16982).
-    "muon": functools.partial(Muon, nesterov=True),
-}
+SAVE_EVERY = 600  # seconds, without --save-every
+MOST_SKIPPED = 50  # steps in a row that fp16 may leave out for gradients which overflow
 
 
 def seed_of(*key: int) -> int:
@@ -91,46 +131,6 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
     decay = 1 - step / args.max_steps if args.lr_schedule == "linear" else 1.0
     return args.learning_rate * warmup * decay
-
-
-# ----------------------------------------------------------------------------------------------- command line
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a conditional DDPM on i-CLEVR.")
-    add = parser.add_argument_group("run").add_argument
-    add("--model", choices=PRESETS, default="reference", help="preset (default: %(default)s)")
-    add("--data", type=Path, default=default_data(), help="folder or .npz of pictures (default: %(default)s)")
-    add("--labels", type=Path, default=ROOT / "train.json", help="label file (default: train.json)")
-    add("--out", type=Path, help="folder of the run (default: runs/<model>)")
-    add("--init", type=Path, metavar="DIR", help="start from these weights and network, with a new optimizer")
-    add("--seed", type=number(int, 0), default=0, help="default: %(default)s")
-    add("--dry-run", action="store_true", help="print what would be trained on what, and stop")
-    add("--mixed-precision", choices=("no", "bf16"), help="default: bf16 on CUDA, else no")
-
-    add = parser.add_argument_group("recipe (defaults: the preset's)").add_argument
-    add("--epochs", type=number(float, 1e-6), help="passes over the pictures")
-    add("--max-steps", type=number(int, 1), help="optimizer steps, in place of --epochs")
-    add("--batch-size", type=number(int, 1), help="pictures at a time, over all processes")
-    add("--grad-accum", type=number(int, 1), default=1, help="batches per step (default: 1)")
-    add("--learning-rate", type=number(float, 0))
-    add("--lr-schedule", choices=("constant", "linear"), help="linear: down to 0 at the end")
-    add("--warmup-steps", type=number(int, 0), help="linear warm-up of the learning rate")
-    add("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: none")
-    add("--label-dropout", type=number(float, 0, 1), help="share trained without label")
-    add("--optimizer", choices=OPTIMIZERS)
-    add("--timestep-sampling", choices=("uniform", "logit-normal"))
-
-    add = parser.add_argument_group("output (default: every 1000 steps)").add_argument
-    add("--save-every", type=number(int, 1), default=1000, help="steps")
-    add("--sample-every", type=number(int, 0), default=1000, help="steps; 0: never")
-    add("--log-with", choices=("tensorboard", "wandb"), help="besides <out>/log.jsonl")
-    args = parser.parse_args(argv)
-    for name, value in PRESETS[args.model]["training"].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.out = args.out or Path("runs", args.model)
-    return args
 
 
 def recipe_of(args: argparse.Namespace) -> dict:
@@ -177,6 +177,13 @@ def is_due(done: int, every: int, args: argparse.Namespace) -> bool:
     return every > 0 and (done % every == 0 or done == args.max_steps)
 
 
+def is_time_to_save(done: int, last_saved: float, args: argparse.Namespace) -> bool:
+    """As --save-every says, else after SAVE_EVERY seconds and at the end."""
+    if args.save_every:
+        return is_due(done, args.save_every, args)
+    return done == args.max_steps or time.monotonic() - last_saved >= SAVE_EVERY
+
+
 def sample_grid(path: Path, model: torch.nn.Module, noise_scheduler, sampling: dict, accelerator):
     """Paint eight validation conditions from the same noise each time: a quick look, with few steps."""
     conditions = load_conditions(ROOT / "validation.json", objects := load_objects())[::8]
@@ -192,27 +199,102 @@ def sample_grid(path: Path, model: torch.nn.Module, noise_scheduler, sampling: d
     checkpoint.write_picture(path, make_grid(to_uint8(images).cpu(), nrow=8))
 
 
-def not_finite(out: Path, step: int, loss: float, norm: float, filenames: list[str]) -> str:
-    """What to say of a step that would have spoilt the weights."""
-    saved = checkpoint.checkpoints(out)
-    return (
-        f"{out}: loss {loss:.4g}, gradient norm {norm:.4g} in step {step + 1:,}, stopped before the weights "
-        f"were touched; last good checkpoint: {saved[-1] if saved else 'none yet'}; try a lower "
-        f"--learning-rate in another --out; pictures of the step: {', '.join(filenames)}"
-    )
+class Watch:
+    """What the host knows of the steps: loss, gradient norm, a stop asked for. Writes the log.
+
+    The numbers of a step are read from the device `lag` steps later, so that the host, which then has given
+    it the next steps to do, need not wait. An optimizer that by itself leaves the weights alone where a
+    number is not finite allows for a lag of 1.
+    """
+
+    def __init__(self, args: argparse.Namespace, data: ICLEVRDataset, accelerator: Accelerator, lag: int):
+        self.args, self.data, self.accelerator, self.lag = args, data, accelerator, lag
+        self.bar = None  # to show the loss in
+        self.losses: list[float] = []  # since the last line in the log
+        self.stop_step = None  # in which a signal to stop had arrived, in any process
+        self._on_their_way: deque = deque()  # steps, and functions that give their numbers
+        self._skipped = 0  # steps in a row
+        self._log, self._last_logged, self._last_time = None, 0, 0.0
+
+    def begin(self, step: int, losses: list[float]):
+        """From `step` on, with the losses that a checkpoint had."""
+        self.losses = losses
+        self._last_logged, self._last_time = step, time.perf_counter()
+        if self.accelerator.is_main_process:
+            self._log = checkpoint.open_log(self.args.out / "log.jsonl", step)
+
+    def put(self, step: int, numbers: torch.Tensor):
+        """Give it loss, gradient norm, and above 0 if a process is to stop: [3] on the device."""
+        self._on_their_way.append((step, start_copy(numbers)))
+        self.read(self.lag)
+
+    def read(self, lag: int = 0):
+        """Take in the numbers of all steps but the last `lag`. Raises InputError if some are not finite."""
+        while len(self._on_their_way) > lag:
+            step, copied = self._on_their_way.popleft()
+            loss, norm, is_stopping = copied()
+            self._check(step, loss, norm)
+            self.losses.append(loss)
+            if is_stopping and self.stop_step is None:
+                self.stop_step = step
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == self.args.max_steps:
+                self._write(step, norm)
+
+    def is_stopping(self, step: int) -> bool:
+        """Whether to stop after `step`: the same in all processes, whichever has read more."""
+        return self.stop_step is not None and step >= self.stop_step + self.lag
+
+    def _check(self, step: int, loss: float, norm: float):
+        overflows = math.isfinite(loss) and not math.isfinite(norm) and self.accelerator.scaler is not None
+        self._skipped = self._skipped + 1 if overflows else 0
+        if math.isfinite(loss + norm) or overflows and self._skipped <= MOST_SKIPPED:
+            return
+        out, saved = self.args.out, checkpoint.checkpoints(self.args.out)
+        batch_size = self.args.batch_size * self.args.grad_accum
+        pictures = batch_indices(step, batch_size, len(self.data), self.args.seed)
+        raise InputError(
+            f"{out}: loss {loss:.4g}, gradient norm {norm:.4g} in step {step + 1:,}, stopped before the "
+            f"weights were touched; last good checkpoint: {saved[-1] if saved else 'none yet'}; try a lower "
+            f"--learning-rate in another --out; pictures of the step: "
+            f"{', '.join(self.data.filenames[i] for i in pictures)}"
+        )
+
+    def _write(self, step: int, norm: float):
+        args, done, now = self.args, step + 1, time.perf_counter()
+        batch_size = args.batch_size * args.grad_accum
+        entry = {
+            "step": done,
+            "pictures": done * batch_size,
+            "loss": statistics.mean(self.losses),
+            "gradient_norm": norm,
+            "learning_rate": learning_rate(step, args),
+            "pictures_per_second": (done - self._last_logged) * batch_size / (now - self._last_time),
+        }
+        self.losses, self._last_logged, self._last_time = [], done, now
+        self.accelerator.log(entry, step=done)
+        if self._log:
+            self._log.write(json.dumps(entry) + "\n")
+            self.bar.set_postfix(loss=f"{entry['loss']:.4f}")
 
 
 @contextmanager
-def explained(args: argparse.Namespace, processes: int) -> Iterator[None]:
-    """Say in an InputError how to go on where memory or disk ended a run."""
+def disk_errors(out: Path):
+    """Say in an InputError how to go on where the disk ended a run."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{args.out}: {error}; the same command goes on from the last checkpoint") from None
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(out_of_memory(args.batch_size, args.grad_accum, processes)) from None
+        raise InputError(f"{out}: {error}; the same command goes on from the last checkpoint") from None
+
+
+def smaller_batch(args: argparse.Namespace, processes: int) -> str:
+    """What to try where a batch did not fit into memory."""
+    share = args.batch_size // processes
+    parts = next((n for n in range(2, share + 1) if share % n == 0), None)
+    line = f"with --batch-size {args.batch_size}; "
+    if not parts:
+        return line + "not even one picture at a time fits"
+    smaller = f"--batch-size {args.batch_size // parts} --grad-accum {args.grad_accum * parts}"
+    return f"{line}try {smaller}, which gives the same result"
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -232,30 +314,35 @@ def train(
     signal. `metadata`: what checkpoints are to say of the run, but for the step."""
     device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     ema_model = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else model
-    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.learning_rate)
+    bare_model = model  # not wrapped for several processes, not compiled
+    bare_optimizer = OPTIMIZER_CLASSES[args.optimizer](model.parameters(), lr=args.learning_rate)
+    model, optimizer = accelerator.prepare(bare_model, bare_optimizer)
     first_step, losses, pictures_before = 0, [], metadata["pictures_seen"]
-    if checkpoint.checkpoints(args.out):
-        before = checkpoint.resume(checkpoint.newest(args.out), model, ema_model, optimizer, metadata)
+    if checkpoint.checkpoints(args.out):  # after prepare, which moves all that an optimizer has to the device
+        newest = checkpoint.newest(args.out)
+        state = (bare_model, ema_model, bare_optimizer, accelerator.scaler)
+        before = checkpoint.resume(newest, *state, metadata)
         first_step, losses = before["step"], before["losses"]
         if first_step >= args.max_steps:
             accelerator.print(f"{args.out}: was finished, with {first_step:,} steps; nothing to do")
             return
         accelerator.print(f"{args.out}: goes on at step {first_step:,} of {args.max_steps:,}")
-    bare_model = model  # not wrapped for several processes, not compiled
-    model, optimizer = accelerator.prepare(model, optimizer)
     if setup.compile_mode:
         model = torch.compile(model, mode=setup.compile_mode, dynamic=False)
     if args.log_with:
         accelerator.init_trackers("logs")
-    if is_main:
-        log = checkpoint.open_log(args.out / "log.jsonl", first_step)
+    # Fused AdamW skips a step for which `found_inf` is 1, and fp16's gradient scaler one that overflows: the
+    # numbers of a step can then be read one step late.
+    skips_by_itself = args.optimizer == "adamw" or accelerator.scaler is not None
+    watch = Watch(args, data, accelerator, lag=1 if skips_by_itself else 0)
+    watch.begin(first_step, losses)
     images, labels = data.images.to(device), data.labels.to(device)  # uint8 [N, 3, 64, 64], float32 [N, 24]
     batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
     num_timesteps, steps = noise_scheduler.config.num_train_timesteps, range(first_step, args.max_steps)
-    last_logged, last_time = first_step, time.perf_counter()
+    last_saved = time.monotonic()
 
-    with tqdm(steps, initial=first_step, total=args.max_steps, disable=not is_main, unit="step") as bar:
-        for step in bar:
+    with tqdm(steps, initial=first_step, total=args.max_steps, disable=not is_main, unit="step") as watch.bar:
+        for step in watch.bar:
             # All draws of a step follow from (seed, step). Every process draws the whole batch and works on
             # its share, so the number of processes changes nothing.
             torch.manual_seed(seed_of(args.seed, step))
@@ -281,37 +368,35 @@ def train(
                     part = F.mse_loss(prediction.float(), target[share])
                     accelerator.backward(part)
                 loss += part.detach() / args.grad_accum
+            accelerator.unscale_gradients()  # in fp16
             norm = get_total_norm([p.grad for p in bare_model.parameters()])
             found = torch.stack([loss, norm, torch.full_like(loss, len(stop))])
-            loss, norm, is_stopping = accelerator.reduce(found, "mean").tolist()  # the one wait in a step
-            if not math.isfinite(loss + norm):
-                raise InputError(not_finite(args.out, step, loss, norm, [data.filenames[i] for i in batch]))
+            found = accelerator.reduce(found, "mean")
+            if skips_by_itself:
+                bare_optimizer.found_inf = 1 - found[:2].sum().isfinite().float()
+            watch.put(step, found)
             optimizer.step()
             optimizer.zero_grad()
             if args.ema_decay:
                 decay = min(args.ema_decay, (step + 1) / (step + 10))  # forgets the initial weights
                 torch._foreach_lerp_(list(ema_model.parameters()), list(bare_model.parameters()), 1 - decay)
 
-            done, losses = step + 1, [*losses, loss]
-            if done % LOG_EVERY == 0 or done == args.max_steps:
-                seconds, last_time = time.perf_counter() - last_time, time.perf_counter()
-                entry = {"step": done, "pictures": done * batch_size, "loss": statistics.mean(losses)}
-                entry |= {"gradient_norm": norm, "learning_rate": learning_rate(step, args)}
-                entry["pictures_per_second"] = (done - last_logged) * batch_size / seconds
-                losses, last_logged = [], done
-                bar.set_postfix(loss=f"{entry['loss']:.4f}")
-                accelerator.log(entry, step=done)
-                if is_main:
-                    log.write(json.dumps(entry) + "\n")
-            metadata |= {"step": done, "pictures_seen": pictures_before + done * batch_size, "losses": losses}
+            done, is_stopping = step + 1, watch.is_stopping(step)
             if is_main and is_due(done, args.sample_every, args):
                 grid = args.out / "samples" / f"{done:07d}.png"
                 sample_grid(grid, ema_model, noise_scheduler, metadata["sampling"], accelerator)
-            if is_main and (is_stopping or is_due(done, args.save_every, args)):
-                checkpoint.save(args.out, bare_model, ema_model, optimizer, noise_scheduler, metadata)
+            if is_main and (is_stopping or is_time_to_save(done, last_saved, args)):
+                watch.read()  # what is saved has been looked at
+                metadata["step"], metadata["losses"] = done, watch.losses
+                metadata["pictures_seen"] = pictures_before + done * batch_size
+                if accelerator.scaler:
+                    metadata["grad_scaler"] = accelerator.scaler.state_dict()
+                checkpoint.save(args.out, bare_model, ema_model, bare_optimizer, noise_scheduler, metadata)
+                last_saved = time.monotonic()
             if is_stopping:
                 break
 
+    watch.read()
     accelerator.end_training()
     if is_stopping and done < args.max_steps:
         where = f"step {done:,} of {args.max_steps:,}"
@@ -322,14 +407,18 @@ def train(
 
 @command
 def main(argv: list[str] | None = None):
-    args, state = parse_args(argv), PartialState()  # the devices and processes there are
+    args, state = parse_args(argv), join_processes()
+    args.data = args.data or default_data()
     with state.main_process_first():  # the first decodes the pictures, the others read what it kept
         data = ICLEVRDataset(args.data, args.labels, load_objects())
     facts = {"labels_sha256": file_sha256(args.labels), "pictures_sha256": data.sha256()}
     facts |= {"pictures": len(data), "labelled": data.total}
     batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / batch_size)
-    setup = choose_setup(state.device, args.mixed_precision, passes=args.max_steps, training=True)
+    # A CUDA graph writes the gradients of each pass to the same place: they can't be added up, nor shared.
+    graphs = args.grad_accum == 1 and state.num_processes == 1
+    left = args.max_steps - checkpoint.steps_done(args.out)
+    setup = choose_setup(state, args.mixed_precision, left * args.grad_accum, training=True, graphs=graphs)
     args.mixed_precision = setup.precision
     accelerator = Accelerator(
         mixed_precision=setup.precision,
@@ -352,16 +441,17 @@ def main(argv: list[str] | None = None):
         pictures_before, unseen = before["pictures_seen"], [c for c in unseen if c in before["unseen"]]
     else:
         model, noise_scheduler = build(args.model)
-    model.to(accelerator.device, memory_format=setup.memory_format).train()
-    if is_main:
-        announce(args, data, model, setup, accelerator)
-    if args.dry_run:
-        return
     metadata = {"model": args.model, "recipe": recipe_of(args), "data": facts, "unseen": unseen}
     metadata |= {"sampling": PRESETS[args.model]["sampling"], "pictures_seen": pictures_before}
-    own_folder = checkpoint.lock(args.out) if is_main else nullcontext()
-    with own_folder, checkpoint.clean_stop(processes) as stop, explained(args, processes):
-        train(args, data, model, noise_scheduler, metadata, setup, accelerator, stop)
+    with explained(state.device, smaller_batch(args, processes)):
+        model.to(accelerator.device, memory_format=setup.memory_format).train()
+        if is_main:
+            announce(args, data, model, setup, accelerator)
+        if args.dry_run:
+            return
+        own_folder = checkpoint.lock(args.out) if is_main else nullcontext()
+        with own_folder, checkpoint.clean_stop(processes) as stop, disk_errors(args.out):
+            train(args, data, model, noise_scheduler, metadata, setup, accelerator, stop)
 
 
 if __name__ == "__main__":

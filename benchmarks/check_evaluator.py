@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import render
-from dataset import PACK, ROOT, ICLEVRDataset, load_objects, scene_of, to_float
+from commands import ROOT
+from dataset import PACK, ICLEVRDataset, load_objects, scene_of, to_float
 from evaluator import evaluation_model, soften
 from metrics import confusions, kind_of
 

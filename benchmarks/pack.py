@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset import PACK, ROOT, ICLEVRDataset, load_objects
+from commands import ROOT
+from dataset import PACK, ICLEVRDataset, load_objects
 
 SCENES = 300
 

@@ -22,8 +22,10 @@ from speed import bare_training
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 import train
-from dataset import NUM_OBJECTS, ROOT
-from model import PRESETS, choose_setup
+from commands import ROOT
+from dataset import NUM_OBJECTS
+from device import choose_setup
+from options import PRESETS
 
 RESULTS = ROOT / "docs" / "search.json"
 PARTS = ("network", "scheduler", "training")

@@ -38,9 +38,12 @@ from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from dataset import PACK, ROOT, ICLEVRDataset, load_objects, number, read_picture, to_float
-from model import PRESETS, Setup, build, choose_setup
-from sampling import batch_size_for, generate, prepare
+from commands import ROOT, number
+from dataset import PACK, ICLEVRDataset, load_objects, read_picture, to_float
+from device import Setup, choose_setup, prepare
+from model import build
+from options import PRESETS
+from sampling import batch_size_for, generate
 
 FILES = 2000  # PNGs that the plain loop reads: more would all be in the system's cache just so
 

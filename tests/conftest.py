@@ -9,10 +9,13 @@ import pytest
 import render
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # two processes, joined by gloo
+# Two processes, joined by gloo.
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 OFFICIAL = ROOT.parent / "shared" / "official"  # the lab's label files, on the founders' machines alone
-TINY = ["--model", "small", "--batch-size", "4", "--sample-every", "0"]  # for runs of a few steps
+# For runs of a few steps; in fp32, which some processors would not choose.
+TINY = ["--model", "small", "--batch-size", "4", "--sample-every", "0", "--mixed-precision", "no"]
 
 METADATA = {
     "model": "small",

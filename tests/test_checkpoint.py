@@ -22,7 +22,7 @@ import checkpoint
 import sample
 import train
 from checkpoint import checkpoints, write_weights
-from dataset import InputError
+from commands import InputError
 from model import ConditionalUNet, build
 
 SHIPPED = ROOT / "weights" / "small"
@@ -280,6 +280,7 @@ def test_several_processes_stop_together(pictures, tmp_path, tried):
         )
         os.killpg(process.pid, signal.SIGINT)
         process.wait(60)
+    assert "setup: cpu, 2 processes, fp32" in output(tmp_path)
     assert "which is saved; the same command goes on" in output(tmp_path)
     [saved] = checkpoints(tmp_path / "run")
     assert contents(saved) and 10 <= int(saved.name[-7:]) < 300

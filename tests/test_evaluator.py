@@ -10,7 +10,8 @@ from conftest import ROOT
 from torchvision.utils import save_image
 
 import evaluator
-from dataset import PACK, ICLEVRDataset, InputError, load_objects, to_float
+from commands import InputError
+from dataset import PACK, ICLEVRDataset, load_objects, to_float
 from evaluator import evaluation_model
 
 SHIPPED = ROOT / "weights" / "evaluator.pth"

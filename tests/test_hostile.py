@@ -26,7 +26,8 @@ import report
 import sample
 import train
 from checkpoint import write_weights
-from dataset import InputError, load_conditions, load_labels, load_objects, read_picture
+from commands import InputError
+from dataset import load_conditions, load_labels, load_objects, read_picture
 from model import ConditionalUNet, build, load_network, load_noise_scheduler
 
 OBJECTS = load_objects()

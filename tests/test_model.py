@@ -9,8 +9,10 @@ from conftest import METADATA, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load_weights, write_weights
-from dataset import InputError
-from model import PRESETS, ConditionalUNet, build, choose_setup, compiler_trouble
+from commands import InputError
+from device import choose_setup, compiler_trouble, join_processes
+from model import ConditionalUNet, build
+from options import PRESETS
 
 
 def inputs(batch=2):
@@ -76,8 +78,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 
 
 def test_the_setup_says_why():
-    cpu = torch.device("cpu")
-    training, sampling = (choose_setup(cpu, None, 10**6, training=t) for t in (True, False))
+    training, sampling = (choose_setup(join_processes(), "no", 10**6, training=t) for t in (True, False))
     assert training.precision == sampling.precision == "no"
     assert training.compile_mode is None and sampling.compile_mode is None
     assert training.memory_format == torch.contiguous_format
@@ -97,7 +98,7 @@ def test_half_precision_is_refused_where_it_is_slow(tmp_path, run):
 
 def test_a_missing_compiler_is_told(run, tmp_path):
     """No C++ compiler is to torch.compile on a CPU what no Triton is on a GPU."""
-    line = "import torch, model; print(model.compiler_trouble(torch.device('cpu')))"
+    line = "import torch, device; print(device.compiler_trouble(torch.device('cpu')))"
     process = run(ROOT, "-c", line, CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert process.stdout.startswith("the compiler does not work here: ") and "\n" not in process.stdout[:-1]
     process = run(ROOT, "-c", line, TORCH_COMPILE_DISABLE="1")

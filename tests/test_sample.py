@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import LAUNCH, ROOT, TINY
+from conftest import LAUNCH, ROOT, TINY, TORCHRUN
 from PIL import Image
 
 import evaluator
@@ -26,8 +26,10 @@ from dataset import (
     twin_labels,
 )
 from model import build
+from options import SAMPLERS
 
 SHIPPED = ROOT / "weights" / "small"
+FP32 = ("--mixed-precision", "no")  # where pictures are compared: some processors would choose bf16
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_a_fresh_clone_gives_an_accuracy_and_a_grid(clone, run):
 def test_pictures_do_not_depend_on_the_batch(tmp_path, conditions, capsys):
     """Nor on how many there are: each has a seed of its own."""
     for size in (1, 4):
-        argv = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, "--batch-size", size]
+        argv = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, "--batch-size", size, *FP32]
         argv += ["--out", tmp_path / str(size)]
         sample.main(list(map(str, argv)))
     for i in range(6):
@@ -70,7 +72,7 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path, conditions, capsys):
     assert np.abs(first - one).max() > 10  # the last one is another picture
 
 
-@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_stay_in_range_and_repeat(sampler):
     model, noise_scheduler, _ = load_weights(SHIPPED)
     labels = multi_hot([["red cube"], ["cyan sphere", "gray cylinder"]], load_objects())
@@ -114,11 +116,13 @@ def test_a_run_is_found_and_its_youth_told(clone, pictures, run, conditions):
     assert len(list((clone / "images" / "six").iterdir())) == 6
 
 
-def test_two_processes_paint_what_one_does(tmp_path, conditions, run):
+@pytest.mark.parametrize("launcher", [LAUNCH, TORCHRUN], ids=["accelerate", "torchrun"])
+def test_two_processes_paint_what_one_does(tmp_path, conditions, run, launcher):
     """Eleven pictures of a list of six, each with its own condition and seed; a shorter list leaves none."""
-    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, "--num-images"]
-    process = run(ROOT, *LAUNCH, "sample.py", *common, 11, "--batch-size", 2, "--out", tmp_path / "two")
+    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, *FP32, "--num-images"]
+    process = run(ROOT, *launcher, "sample.py", *common, 11, "--batch-size", 2, "--out", tmp_path / "two")
     assert process.returncode == 0, process.stderr[-3000:]
+    assert "setup: cpu, 2 processes, fp32" in process.stdout
     sample.main(list(map(str, [*common, 11, "--out", tmp_path / "one"])))
     reports = [json.loads((tmp_path / name / "six.json").read_text()) for name in ("one", "two")]
     assert len(reports[0]["accuracies"]) == 1 and reports[0]["num_images"] == 11

@@ -1,0 +1,223 @@
+"""How a network runs on the devices at hand: processes, precision, layout, compiling, and what can fail."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import get_int_from_env, parse_flag_from_env
+from torch import nn
+
+from commands import InputError
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's names
+
+# From how many passes through the network compiling pays. Inductor takes 36 s for the sampling of `reference`
+# and 158 s for its training on one core (benchmarks/codegen.py). A pass then saves some 4.5 ms of launching
+# kernels on an H100, an estimate; a training step, which goes back as well, three times that.
+COMPILE_FROM = {"sampling": 8_000, "training": 12_000}
+
+
+def join_processes() -> PartialState:
+    """The devices and processes there are. Those that `accelerate launch` or `torchrun` started are joined,
+    by NCCL on GPUs and by gloo without. Raises InputError where accelerate did not start those asked for."""
+    is_cpu_asked_for = parse_flag_from_env("ACCELERATE_USE_CPU")  # accelerate launch --cpu
+    processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 0)
+    if is_cpu_asked_for and "MASTER_ADDR" in os.environ and not processes:
+        raise InputError(
+            "accelerate launch --cpu starts a single process, whatever --num_processes says, unless it has "
+            "MPI; use torchrun --nproc_per_node N in its place"
+        )
+    return PartialState(cpu=is_cpu_asked_for or not torch.accelerator.is_available())
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a network runs on a device; `str()` says it in one line, with the reasons."""
+
+    device: torch.device
+    processes: int
+    precision: str  # of autocast, in accelerate's words: "no" (fp32), "fp16" or "bf16"
+    memory_format: torch.memory_format
+    compile_mode: str | None  # of torch.compile; None: not compiled
+    reasons: tuple[str, str, str]  # of these three
+
+    def __str__(self) -> str:
+        chosen = [
+            "fp32" if self.precision == "no" else f"{self.precision} autocast",
+            str(self.memory_format).removeprefix("torch."),
+            f"compiled, {self.compile_mode}" if self.compile_mode else "not compiled",
+        ]
+        parts = [f"{what} ({why})" for what, why in zip(chosen, self.reasons, strict=True)]
+        where = self.device.type
+        if self.processes > 1:
+            where += f", {self.processes} processes"
+        return f"setup: {where}, {', '.join(parts)}"
+
+
+def choose_precision(device: torch.device, asked: str | None) -> tuple[str, str]:
+    """The precision of autocast, "no", "fp16" or "bf16", and why: as asked, else the fastest that is safe.
+
+    Raises InputError for one that is slow on this processor.
+    """
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()  # AVX512 wherever there is AMX
+        if asked == "fp16":
+            raise InputError("--mixed-precision fp16: is for GPUs without bf16; this is a CPU")
+        if asked == "bf16" and "AVX512" not in capability:
+            raise InputError(
+                f"--mixed-precision bf16: 40 to 500 times slower on this processor, which has neither AVX512 "
+                f"nor AMX but {capability}"
+            )
+        if asked:
+            return asked, "asked for"
+        # AVX512 alone is not enough: without instructions for bf16 it is no faster than fp32.
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if has_bf16 and "AVX512" in capability:
+            return "bf16", "the processor has instructions for it"
+        return "no", "the processor has no instructions for bf16"
+    if asked:
+        return asked, "asked for"
+    if device.type != "cuda":
+        return "no", f"{device.type} is untested"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "matrix units"
+    if torch.cuda.get_device_capability(device) >= (7, 0):  # V100, T4
+        return "fp16", "matrix units; this GPU has no bf16"
+    return "no", "this GPU has no matrix units"
+
+
+def compiler_trouble(device: torch.device, mode: str = "default") -> str | None:
+    """Why torch.compile in `mode` does not work on `device`, or None if it does.
+
+    Tried on a function of one line, forward and backward, three times: CUDA graphs are recorded in the second
+    and replayed in the third.
+    """
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return "TORCH_COMPILE_DISABLE is set"
+    try:
+        weight = torch.ones(8, device=device, requires_grad=True)
+        compiled = torch.compile(lambda x, weight: (x * weight).sin().sum(), mode=mode)
+        for _ in range(3):
+            compiled(torch.ones(8, device=device), weight).backward()
+            weight.grad = None
+    except Exception as error:  # of many kinds: no Triton, no C compiler, no Python headers, an old GPU
+        torch.compiler.reset()
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        return f"the compiler does not work here: {lines[0][:150]}"
+    return None
+
+
+def choose_setup(
+    state: PartialState, precision: str | None, passes: int, training: bool, graphs: bool = True
+) -> Setup:
+    """What is fastest on the devices of `state` for so many `passes` through a network, of each process.
+
+    `graphs`: whether CUDA graphs may be used. Raises as `choose_precision`. Measured by benchmarks/speed.py;
+    docs/speed.md has the figures.
+    """
+    device, what = state.device, "training" if training else "sampling"
+    precision, why_precision = choose_precision(device, precision)
+    if device.type == "cuda":
+        memory_format, why_format = torch.channels_last, "the matrix units' own layout"
+    elif device.type != "cpu":
+        memory_format, why_format = torch.contiguous_format, f"{device.type} is untested"
+    elif training or precision == "bf16":
+        memory_format, why_format = torch.contiguous_format, "channels_last is not faster here"
+    else:
+        memory_format, why_format = torch.channels_last, "faster for sampling in fp32"
+
+    # CUDA graphs, where the CPU would not keep up with small batches
+    mode = "reduce-overhead" if graphs else "default"
+    compile_mode = None
+    if device.type != "cuda":
+        why_compile = "gains nothing without CUDA"
+    elif passes < COMPILE_FROM[what]:
+        why_compile = f"pays from some {COMPILE_FROM[what]:,} passes, here {passes:,}"
+    else:
+        why_compile = compiler_trouble(device, mode)
+        if not why_compile:
+            compile_mode = mode
+            why_compile = f"{passes:,} passes; pays from some {COMPILE_FROM[what]:,}"
+    reasons = (why_precision, why_format, why_compile)
+    return Setup(device, state.num_processes, precision, memory_format, compile_mode, reasons)
+
+
+def prepare(model: nn.Module, setup: Setup) -> tuple[nn.Module, nn.Module]:
+    """The network on its device to sample with, plain and compiled; twice the same if not to be compiled.
+
+    In half precision the weights of convolutions and linear layers become so for good, as autocast would
+    convert them anew in each pass; what the network predicts stays the same, bit for bit.
+    """
+    for module in model.modules():
+        # Not the first: UNet2DModel adds up its embeddings in the precision of its first parameter.
+        if isinstance(module, nn.Conv2d | nn.Linear) and module is not model.unet.conv_in:
+            module.to(DTYPES[setup.precision])
+    model = model.to(setup.device, memory_format=setup.memory_format).eval()
+    model = Accelerator(mixed_precision=setup.precision).prepare_model(model, evaluation_mode=True)
+    if not setup.compile_mode:
+        return model, model
+    return model, torch.compile(model, mode=setup.compile_mode, dynamic=False)
+
+
+def start_copy(numbers: torch.Tensor) -> Callable[[], list[float]]:
+    """Begin to copy `numbers` to the host, without waiting for the device; the function returned gives them,
+    and waits for them if need be."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    copy = numbers.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return copy.tolist()
+
+    return read
+
+
+# ---------------------------------------------------------------------------------------------- what can fail
+
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA's own, as a torch.AcceleratorError; MPS
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its workspace did not fit
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "allocate memory",  # the CPU's
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device, or without CUDA the machine, has too little memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def is_missing_kernel(error: BaseException) -> bool:
+    """Whether `error` says that this build of PyTorch has no code for this GPU."""
+    return isinstance(error, RuntimeError) and "no kernel image is available" in str(error)
+
+
+@contextlib.contextmanager
+def explained(device: torch.device, advice: str) -> Iterator[None]:
+    """Within it two errors of a device become an InputError: too little memory, to which `advice` says what
+    to try, and a GPU for which this build of PyTorch has no kernels."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise InputError(f"{device.type}: out of memory {advice}") from None
+        if is_missing_kernel(error):
+            major, minor = torch.cuda.get_device_capability(device)
+            raise InputError(
+                f"{torch.cuda.get_device_name(device)}: this build of PyTorch ({torch.__version__}) has no "
+                f"kernels for a GPU of sm_{major}{minor}, only for {', '.join(torch.cuda.get_arch_list())}; "
+                f"install one that has (pytorch.org/get-started)"
+            ) from None
+        raise

@@ -1,0 +1,81 @@
+"""What can be chosen: presets, samplers, and the ranges of options.
+
+Plain data: a script reads its options by it before it loads PyTorch.
+"""
+
+from commands import InputError, shown
+
+# Trailing timesteps: sampling with few steps then starts where training ended (arXiv 2305.08891).
+_COSINE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}
+_REPORT = {  # the recipe of the report that this project starts from
+    "scheduler": _COSINE,
+    "training": {"batch_size": 32, "learning_rate": 1e-4, "lr_schedule": "constant", "warmup_steps": 0,
+                 "epochs": 40, "ema_decay": 0.0, "label_dropout": 0.0,
+                 "timestep_sampling": "uniform", "optimizer": "adamw"},
+    "sampling": {"sampler": "ddpm", "steps": 1000, "guidance_scale": 1.0},
+}  # fmt: skip
+
+# Everything that makes a run: network, noise scheduler, and the defaults of train.py and sample.py.
+PRESETS: dict[str, dict] = {
+    "reference": _REPORT | {"network": {}},  # 113.7M parameters: the defaults above
+    "tiny-attention": _REPORT | {"network": {
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("AttnDownBlock2D",) * 3,
+        "up_block_types": ("AttnUpBlock2D",) * 3,
+    }},
+    "tiny-mixed": _REPORT | {"network": {
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    }},
+    "small": {  # for two CPU cores
+        "network": {
+            "patch_size": 2,
+            "block_out_channels": (64, 96, 128),
+            "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": 32,
+            "resnet_time_scale_shift": "scale_shift",
+        },
+        "scheduler": _COSINE | {"prediction_type": "v_prediction"},
+        "training": {"batch_size": 32, "learning_rate": 3e-3, "lr_schedule": "linear", "warmup_steps": 200,
+                     "epochs": 40, "ema_decay": 0.999, "label_dropout": 0.1,
+                     "timestep_sampling": "logit-normal", "optimizer": "muon"},
+        # Guidance from the first step on paints copies of objects: the noisiest timesteps go without.
+        "sampling": {"sampler": "dpmsolver++", "steps": 15, "guidance_scale": 4.0,
+                     "guidance_interval": (0, 750),
+                     "negative_scale": 4.0, "negative_interval": (350, 1000)},
+    },
+}  # fmt: skip
+
+OPTIMIZERS = ("adamw", "muon")
+PRECISIONS = ("no", "fp16", "bf16")  # of autocast, by accelerate's names; no: fp32
+SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc")
+RANGES = {  # of the options of `generate`; both bounds of an interval
+    "steps": (1, 1000),
+    "guidance_scale": (0, 100),
+    "guidance_interval": (0, 1000),
+    "negative_scale": (0, 100),
+    "negative_interval": (0, 1000),
+    "evaluator_scale": (0, 100),
+}
+
+
+def check_options(options, where: str):
+    """Raise InputError unless `options`, which weights bring along, are some that `generate` takes."""
+    if not isinstance(options, dict) or not {"sampler", "steps", "guidance_scale"} <= options.keys():
+        raise InputError(f"{where}: expected sampler, steps and guidance_scale, got {shown(options)}")
+    for name, value in options.items():
+        if name not in ("sampler", *RANGES):
+            raise InputError(f"{where}, {shown(name)}: no option of sampling")
+        if name == "sampler":
+            is_right, expected = value in list(SAMPLERS), f"one of {', '.join(SAMPLERS)}"
+        else:
+            (low, high), count = RANGES[name], 2 if name.endswith("_interval") else 1
+            kinds = (int,) if name == "steps" else (int, float)
+            values = value if count == 2 and isinstance(value, list) else [value]
+            is_right = len(values) == count and all(type(v) in kinds and low <= v <= high for v in values)
+            expected = f"{'two numbers' if count == 2 else 'a number'} from {low} to {high}"
+        if not is_right:
+            raise InputError(f"{where}, {shown(name)}: expected {expected}, got {shown(value)}")

@@ -1,0 +1,134 @@
+"""Runs the scripts on a CUDA device that is not there, and prints what happened as JSON, for test_cuda.py.
+
+python tests/on_fake_cuda.py NAME MAJOR MINOR PICTURES      # in an environment of fakecuda.environment
+"""
+
+import contextlib
+import io
+import json
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import fakecuda
+from fakecuda import Cuda
+
+NAME, MAJOR, MINOR, PICTURES = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+fakecuda.install(NAME, MAJOR, MINOR)
+warnings.simplefilter("ignore")  # of tensors without numbers
+
+import torch
+
+import device
+import sample
+import train
+from options import PRESETS
+
+# The reference's network, narrower: as many layers, so as many kernels.
+PRESETS["reference"]["network"] = {"block_out_channels": (32, 32, 64, 64, 64, 64)}
+COMPILE_FROM = dict(device.COMPILE_FROM)
+
+
+class Bar:
+    """In place of train.py's progress bar: notes kernels and waits of each step."""
+
+    def __init__(self, steps, **options):
+        self.steps, self.counts = steps, []
+        Bar.last = self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+    def __iter__(self):
+        for step in self.steps:
+            kernels, waits = Cuda.active.kernels.total(), Cuda.active.waits.copy()
+            yield step
+            waits = Cuda.active.waits - waits
+            self.counts.append({"kernels": Cuda.active.kernels.total() - kernels, "waits": dict(waits)})
+
+    def set_postfix(self, **values):
+        pass
+
+
+train.tqdm = Bar
+
+
+def run(main, *argv, errors=None, compiles=False) -> dict:
+    """What `main` did: what it printed, its exit code, and what would have been compiled."""
+    for what, passes in COMPILE_FROM.items():
+        device.COMPILE_FROM[what] = 0 if compiles else passes
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    fakecuda.compiled_for.clear()
+    with Cuda(errors), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(a) for a in argv])
+        except SystemExit as stop:
+            code = stop.code
+    compiled = sorted(set(fakecuda.compiled_for))
+    return {"code": code, "stdout": out.getvalue(), "stderr": err.getvalue(), "compiled": compiled}
+
+
+def training(model: str, steps: int, *more, **options) -> dict:
+    Bar.last = None
+    argv = ["--model", model, "--data", PICTURES, "--out", f"runs/{model}", "--max-steps", steps]
+    argv += ["--batch-size", 4, "--lr-schedule", "constant", "--sample-every", 0, *more]
+    found = run(train.main, *argv, **options)
+    return found | {"steps": Bar.last.counts if Bar.last else []}
+
+
+def sampling(model: str, *more, **options) -> dict:
+    return run(sample.main, "--weights", f"runs/{model}", "--out", "images", *more, **options)
+
+
+def on_h100() -> dict:
+    found = {}
+    for model in ("small", "reference"):
+        found[f"train {model}"] = training(model, 3)
+        found[f"resume {model}"] = training(model, 5)
+    found["grid"] = training("small", 6, "--sample-every", 6)
+    found["compiled training"] = training("reference", 6, compiles=True)
+    more = ["--out", "runs/more", "--grad-accum", 2]
+    found["compiled training, accumulated"] = training("reference", 1, *more, compiles=True)
+
+    lists = ["--mode", "test", "new_test", "unseen", "process", "--steps", 3]
+    found["sample reference"] = sampling("reference", *lists, "--sampler", "ddpm", compiles=True)
+    found["sample small"] = sampling("small", *lists, "--seed", 1, compiles=True)
+    found["sample few"] = sampling("small", "--mode", "test", "--steps", 2, "--seed", 2)
+
+    convolution, no_kernel = "aten.convolution.default", "no kernel image is available for execution"
+    cublas = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    failures = {  # the kernel that fails, and how
+        "allocator": (
+            "aten._to_copy.default",
+            torch.OutOfMemoryError("CUDA out of memory."),
+        ),
+        "driver": (convolution, torch.AcceleratorError("CUDA error: out of memory")),
+        "cublas": ("aten.addmm.default", RuntimeError(cublas)),
+        "cudnn": (convolution, RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")),
+        "no kernel": (convolution, torch.AcceleratorError(f"CUDA error: {no_kernel} on the device")),
+    }
+    for name, (kernel, error) in failures.items():
+        errors = {kernel: error}
+        if name != "cudnn":
+            found[f"train: {name}"] = training("small", 2, "--out", "runs/failed", errors=errors)
+        if name != "allocator":  # which here fails for the evaluator, before
+            found[f"strip: {name}"] = sampling("small", "--mode", "process", "--steps", 2, errors=errors)
+    return found
+
+
+def on_t4() -> dict:
+    return {
+        "train small": training("small", 2),
+        "train reference": training("reference", 2),
+        "resume reference": training("reference", 3),
+        "sample": sampling("small", "--mode", "test", "--steps", 3),
+    }
+
+
+print(json.dumps(on_h100() if MAJOR == 9 else on_t4()))
