@@ -61,9 +61,7 @@ import functools
 import json
 import math
 import signal
-import statistics
 import time
-from collections import deque
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -90,15 +88,14 @@ from dataset import (
     twin_labels,
     unseen_triples,
 )
-from device import Setup, choose_setup, explained, join_processes, start_copy
+from device import Setup, choose_setup, explained, join_processes
 from model import build
 from muon import Muon
 from sampling import generate, picture_seed
+from watch import Watch
 
 OPTIMIZER_CLASSES = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
-LOG_EVERY = 10  # steps
 SAVE_EVERY = 600  # seconds, without --save-every
-MOST_SKIPPED = 50  # steps in a row that fp16 may leave out for gradients which overflow
 
 
 def seed_of(*key: int) -> int:
@@ -199,84 +196,6 @@ def sample_grid(path: Path, model: torch.nn.Module, noise_scheduler, sampling: d
     checkpoint.write_picture(path, make_grid(to_uint8(images).cpu(), nrow=8))
 
 
-class Watch:
-    """What the host knows of the steps: loss, gradient norm, a stop asked for. Writes the log.
-
-    The numbers of a step are read from the device `lag` steps later, so that the host, which then has given
-    it the next steps to do, need not wait. An optimizer that by itself leaves the weights alone where a
-    number is not finite allows for a lag of 1.
-    """
-
-    def __init__(self, args: argparse.Namespace, data: ICLEVRDataset, accelerator: Accelerator, lag: int):
-        self.args, self.data, self.accelerator, self.lag = args, data, accelerator, lag
-        self.bar = None  # to show the loss in
-        self.losses: list[float] = []  # since the last line in the log
-        self.stop_step = None  # in which a signal to stop had arrived, in any process
-        self._on_their_way: deque = deque()  # steps, and functions that give their numbers
-        self._skipped = 0  # steps in a row
-        self._log, self._last_logged, self._last_time = None, 0, 0.0
-
-    def begin(self, step: int, losses: list[float]):
-        """From `step` on, with the losses that a checkpoint had."""
-        self.losses = losses
-        self._last_logged, self._last_time = step, time.perf_counter()
-        if self.accelerator.is_main_process:
-            self._log = checkpoint.open_log(self.args.out / "log.jsonl", step)
-
-    def put(self, step: int, numbers: torch.Tensor):
-        """Give it loss, gradient norm, and above 0 if a process is to stop: [3] on the device."""
-        self._on_their_way.append((step, start_copy(numbers)))
-        self.read(self.lag)
-
-    def read(self, lag: int = 0):
-        """Take in the numbers of all steps but the last `lag`. Raises InputError if some are not finite."""
-        while len(self._on_their_way) > lag:
-            step, copied = self._on_their_way.popleft()
-            loss, norm, is_stopping = copied()
-            self._check(step, loss, norm)
-            self.losses.append(loss)
-            if is_stopping and self.stop_step is None:
-                self.stop_step = step
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == self.args.max_steps:
-                self._write(step, norm)
-
-    def is_stopping(self, step: int) -> bool:
-        """Whether to stop after `step`: the same in all processes, whichever has read more."""
-        return self.stop_step is not None and step >= self.stop_step + self.lag
-
-    def _check(self, step: int, loss: float, norm: float):
-        overflows = math.isfinite(loss) and not math.isfinite(norm) and self.accelerator.scaler is not None
-        self._skipped = self._skipped + 1 if overflows else 0
-        if math.isfinite(loss + norm) or overflows and self._skipped <= MOST_SKIPPED:
-            return
-        out, saved = self.args.out, checkpoint.checkpoints(self.args.out)
-        batch_size = self.args.batch_size * self.args.grad_accum
-        pictures = batch_indices(step, batch_size, len(self.data), self.args.seed)
-        raise InputError(
-            f"{out}: loss {loss:.4g}, gradient norm {norm:.4g} in step {step + 1:,}, stopped before the "
-            f"weights were touched; last good checkpoint: {saved[-1] if saved else 'none yet'}; try a lower "
-            f"--learning-rate in another --out; pictures of the step: "
-            f"{', '.join(self.data.filenames[i] for i in pictures)}"
-        )
-
-    def _write(self, step: int, norm: float):
-        args, done, now = self.args, step + 1, time.perf_counter()
-        batch_size = args.batch_size * args.grad_accum
-        entry = {
-            "step": done,
-            "pictures": done * batch_size,
-            "loss": statistics.mean(self.losses),
-            "gradient_norm": norm,
-            "learning_rate": learning_rate(step, args),
-            "pictures_per_second": (done - self._last_logged) * batch_size / (now - self._last_time),
-        }
-        self.losses, self._last_logged, self._last_time = [], done, now
-        self.accelerator.log(entry, step=done)
-        if self._log:
-            self._log.write(json.dumps(entry) + "\n")
-            self.bar.set_postfix(loss=f"{entry['loss']:.4f}")
-
-
 @contextmanager
 def disk_errors(out: Path):
     """Say in an InputError how to go on where the disk ended a run."""
@@ -334,8 +253,7 @@ def train(
     # Fused AdamW skips a step for which `found_inf` is 1, and fp16's gradient scaler one that overflows: the
     # numbers of a step can then be read one step late.
     skips_by_itself = args.optimizer == "adamw" or accelerator.scaler is not None
-    watch = Watch(args, data, accelerator, lag=1 if skips_by_itself else 0)
-    watch.begin(first_step, losses)
+    watch = Watch(args, accelerator, 1 if skips_by_itself else 0, first_step, losses)
     images, labels = data.images.to(device), data.labels.to(device)  # uint8 [N, 3, 64, 64], float32 [N, 24]
     batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
     num_timesteps, steps = noise_scheduler.config.num_train_timesteps, range(first_step, args.max_steps)
@@ -346,7 +264,8 @@ def train(
             # All draws of a step follow from (seed, step). Every process draws the whole batch and works on
             # its share, so the number of processes changes nothing.
             torch.manual_seed(seed_of(args.seed, step))
-            batch = batch_indices(step, batch_size, len(images), args.seed).to(device, non_blocking=True)
+            indices = batch_indices(step, batch_size, len(images), args.seed)
+            batch = indices.to(device, non_blocking=True)
             clean, label = to_float(images[batch]), labels[batch]  # [B, 3, 64, 64] in [-1, 1], [B, 24]
             noise = torch.randn_like(clean)
             timesteps = torch.randint(num_timesteps, (batch_size,), device=device)
@@ -358,8 +277,9 @@ def train(
             if noise_scheduler.config.prediction_type == "v_prediction":
                 target = noise_scheduler.get_velocity(clean, noise, timesteps)
 
+            rate = learning_rate(step, args)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
+                group["lr"] = rate
             loss, size = torch.zeros((), device=device), args.batch_size // processes
             for start in range(accelerator.process_index * size, batch_size, args.batch_size):
                 share = slice(start, start + size)
@@ -374,7 +294,7 @@ def train(
             found = accelerator.reduce(found, "mean")
             if skips_by_itself:
                 bare_optimizer.found_inf = 1 - found[:2].sum().isfinite().float()
-            watch.put(step, found)
+            watch.put(step, found, rate, [data.filenames[i] for i in indices])
             optimizer.step()
             optimizer.zero_grad()
             if args.ema_decay:
@@ -386,7 +306,7 @@ def train(
                 grid = args.out / "samples" / f"{done:07d}.png"
                 sample_grid(grid, ema_model, noise_scheduler, metadata["sampling"], accelerator)
             if is_main and (is_stopping or is_time_to_save(done, last_saved, args)):
-                watch.read()  # what is saved has been looked at
+                watch.read_all()  # what is saved has been looked at
                 metadata["step"], metadata["losses"] = done, watch.losses
                 metadata["pictures_seen"] = pictures_before + done * batch_size
                 if accelerator.scaler:
@@ -396,7 +316,7 @@ def train(
             if is_stopping:
                 break
 
-    watch.read()
+    watch.read_all()
     accelerator.end_training()
     if is_stopping and done < args.max_steps:
         where = f"step {done:,} of {args.max_steps:,}"

@@ -30,21 +30,22 @@ bench=(--models reference small)
 small=(--batch-size 128 --learning-rate 4e-3 --max-steps 30000)
 small_longer=(--batch-size 128 --learning-rate 2e-3 --max-steps 60000)
 reference_model=reference reference=(--epochs 40) reference_longer=(--epochs 150)
-every=2500 few=(--seeds 10 --steps 20 --sampler dpmsolver++) all_steps=(--seeds 2) seeds=(--seeds 10)
+few=(--seeds 10 --steps 20 --sampler dpmsolver++) all_steps=(--seeds 2) seeds=(--seeds 10)
 if [ -n "${DRY_RUN:-}" ]; then
     bench=(--models small --pairs 1 --block 1 --batch-size 4 --sample-steps 2)
     small=(--batch-size 4 --max-steps 2) small_longer=(--batch-size 4 --max-steps 1)
     reference_model=tiny-mixed
     reference=(--batch-size 4 --max-steps 2) reference_longer=(--batch-size 4 --max-steps 3)
-    every=100 few=(--num-images 2 --steps 2 --sampler dpmsolver++)
+    few=(--num-images 2 --steps 2 --sampler dpmsolver++)
     all_steps=(--num-images 1 --steps 3) seeds=(--num-images 2 --steps 2)
 fi
 
-# train NAME SECONDS ARGS...: into $WORK/NAME for so long; exits with 75 if that was not enough.
+# train NAME SECONDS ARGS...: into $WORK/NAME for so long, which ends with a checkpoint; exits with 75 if that was
+# not enough.
 train() {
     local name=$1 seconds=$2 code=0
     shift 2
-    timeout "$seconds" "$python" train.py --out "$WORK/$name" --save-every $every --sample-every 5000 "$@" \
+    timeout "$seconds" "$python" train.py --out "$WORK/$name" --sample-every 5000 "$@" \
         2>"$WORK/$name.err" | tee "$results/$name.txt" || code=$?
     tr '\r' '\n' <"$WORK/$name.err" | tail -n 3
     if [ -s "$WORK/$name/log.jsonl" ]; then
@@ -65,7 +66,7 @@ score() {
     ! grep -qs '"accuracies"' "$out/${modes[-1]}.json" || return 0
     $python sample.py --weights "$WORK/$name" --mode "${modes[@]}" --out "$out" "$@" 2>"$WORK/sample.err" ||
         { tail -n 20 "$WORK/sample.err" && return 1; }
-    for mode in "${modes[@]}"; do rm -r "${out:?}/$mode"; done # the grids stay
+    for mode in "${modes[@]}"; do rm -rf "${out:?}/$mode"; done # the grids stay
 }
 
 stage_bench() {
@@ -75,7 +76,7 @@ stage_bench() {
 
 # score_small NAME
 score_small() {
-    score "$1" "$1" "test new_test unseen" "${seeds[@]}"
+    score "$1" "$1" "process test new_test unseen" "${seeds[@]}"
     $python checkpoint.py "$WORK/$1" "$results/$1/weights"
 }
 
@@ -85,7 +86,7 @@ stage_small() {
 }
 
 score_reference() {
-    score reference "few-$1" "test new_test unseen" "${few[@]}"
+    score reference "few-$1" "process test new_test unseen" "${few[@]}"
     score reference "all-$1" "test new_test" "${all_steps[@]}"
 }
 

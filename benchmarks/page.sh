@@ -4,13 +4,13 @@
 #     benchmarks/page.sh                  # docs/report.html, samples in images/page
 #     benchmarks/page.sh ../official      # with rows for the test.json and new_test.json of that folder
 #
-# PRECISION=bf16 paints all but the first lists in half precision, where a CPU has AVX512; an hour and a half on 2 cores.
+# PRECISION=bf16 paints all but the first lists in half precision; an hour and a half on 2 cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=images/page
 sample() { python sample.py --weights weights/small --evaluator weights/evaluator.pth "$@"; }
 more() { sample --mixed-precision "${PRECISION:-no}" "$@"; }
-sample --out $out --mode test new_test unseen process --seeds 10
+sample --mixed-precision no --out $out --mode test new_test unseen process --seeds 10
 more --out $out --mode train --num-images 2100
 more --out $out/best_of_4 --mode test new_test --seeds 10 --best-of 4
 more --out $out/best_of_4_unconditional --mode test new_test --seeds 10 --best-of 4 --lift-over unconditional

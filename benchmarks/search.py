@@ -24,7 +24,7 @@ import sample
 import train
 from commands import ROOT
 from dataset import NUM_OBJECTS
-from device import choose_setup
+from device import choose_setup, join_processes
 from options import PRESETS
 
 RESULTS = ROOT / "docs" / "search.json"
@@ -72,7 +72,7 @@ WARMUP, TIMED = 3, 5  # steps
 def seconds_per_step() -> float:
     """CPU seconds of a training step of the preset `small`, as it is now."""
     size = PRESETS["small"]["training"]["batch_size"]
-    setup = choose_setup(torch.device("cpu"), "bf16", passes=1, training=True)
+    setup = choose_setup(join_processes(), "bf16", passes=1, training=True)
     step = bare_training("small", torch.randn(size, 3, 64, 64), torch.zeros(size, NUM_OBJECTS), setup)
     seconds = []
     for _ in range(WARMUP + TIMED):

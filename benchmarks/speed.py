@@ -40,15 +40,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from commands import ROOT, number
 from dataset import PACK, ICLEVRDataset, load_objects, read_picture, to_float
-from device import Setup, choose_setup, prepare
+from device import Setup, choose_setup, join_processes, prepare
 from model import build
-from options import PRESETS
+from options import PRECISIONS, PRESETS
 from sampling import batch_size_for, generate
 
 FILES = 2000  # PNGs that the plain loop reads: more would all be in the system's cache just so
 
 
-STEPS = 100_000  # that train.py is told to do, so that it decides as for a long run
+STEPS = 100_000  # that train.py is told to do, so that it decides as for a long run, and so in sampling
 
 
 def device_name(device: torch.device) -> str:
@@ -184,7 +184,7 @@ def check_share(
     """The time of `finite_check` by that of a bare step, of `pairs` pairs of them after two to warm up."""
     model, _ = build(preset)
     model.to(clean.device, memory_format=setup.memory_format).train()
-    optimizer = train.OPTIMIZERS[PRESETS[preset]["training"]["optimizer"]](model.parameters(), lr=1e-4)
+    optimizer = train.OPTIMIZER_CLASSES[PRESETS[preset]["training"]["optimizer"]](model.parameters(), lr=1e-4)
     prepared = Accelerator(mixed_precision=setup.precision).prepare_model(model)
     timesteps, shares = torch.randint(1000, (len(clean),), device=clean.device), []
     for _ in range(2 + pairs):
@@ -206,7 +206,7 @@ def bare_training(preset: str, clean: torch.Tensor, label: torch.Tensor, setup: 
     """Forward, backward and optimizer on one batch, set up as ours, as a function that does so many steps."""
     model, _ = build(preset)
     model.to(clean.device, memory_format=setup.memory_format).train()
-    optimizer = train.OPTIMIZERS[PRESETS[preset]["training"]["optimizer"]](model.parameters(), lr=1e-4)
+    optimizer = train.OPTIMIZER_CLASSES[PRESETS[preset]["training"]["optimizer"]](model.parameters(), lr=1e-4)
     model = Accelerator(mixed_precision=setup.precision).prepare_model(model)
     timesteps = torch.randint(1000, (len(clean),), device=clean.device)
 
@@ -249,7 +249,7 @@ def time_training(preset: str, args: argparse.Namespace, data: ICLEVRDataset, de
     """Pictures a second, in `pairs` turns each, of train.py's loop, the plain loop and the bare step."""
     batch_size = args.batch_size or PRESETS[preset]["training"]["batch_size"]
     block = args.block or (20 if device.type == "cuda" else max(1, 48 // batch_size))
-    setup = choose_setup(device, args.mixed_precision, passes=STEPS, training=True)
+    setup = choose_setup(join_processes(), args.mixed_precision, passes=STEPS, training=True)
     clean, label = (t[:batch_size].to(device) for t in (to_float(data.images[:batch_size]), data.labels))
     with tempfile.TemporaryDirectory() as folder:
         for i, image in enumerate(data.images[:FILES]):
@@ -284,12 +284,12 @@ def time_sampling(preset: str, args: argparse.Namespace, data: ICLEVRDataset, de
     batch_size = args.batch_size or 32
     steps = args.sample_steps or (200 if device.type == "cuda" else 4 if preset == "small" else 1)
     scale = PRESETS[preset]["sampling"]["guidance_scale"]
-    setup = choose_setup(device, args.mixed_precision, passes=1000, training=False)
+    setup = choose_setup(join_processes(), args.mixed_precision, passes=STEPS, training=False)
     plain_model, noise_scheduler = build(preset)
     plain_model.to(device).eval()
     _, model = prepare(copy.deepcopy(plain_model), setup)
     label, seeds = data.labels[:batch_size].to(device), list(range(batch_size))
-    size = min(batch_size, batch_size_for(device))
+    size = batch_size_for(device, batch_size, processes=1, most=None)
 
     def ours():
         for i in range(0, batch_size, size):
@@ -375,7 +375,7 @@ def main():
         "--sample-steps", type=number(int, 1), help="sampling steps a turn (default: likewise)"
     )
     parser.add_argument("--batch-size", type=number(int, 1), help="default: the preset's, 32 for sampling")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16"), help="of ours (default: theirs)")
+    parser.add_argument("--mixed-precision", choices=PRECISIONS, help="of ours (default: theirs)")
     parser.add_argument("--json", type=Path, help="file to write all turns to")
     args = parser.parse_args()
     device = PartialState().device

@@ -146,7 +146,7 @@ def _module_to(self, *args, **kwargs):
 
 
 class Cuda(TorchDispatchMode):
-    """Counts kernels by name and waits by what and where. `errors`: kernels that fail, and how."""
+    """Counts kernels by name, waits by what and where, bytes copied. `errors`: kernels that fail, and how."""
 
     active: "Cuda"
 
@@ -156,6 +156,7 @@ class Cuda(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.kernels: collections.Counter = collections.Counter()
         self.waits: collections.Counter = collections.Counter()
+        self.bytes = 0  # copied from or to the device
         self.errors = errors or {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -175,6 +176,7 @@ class Cuda(TorchDispatchMode):
         if function in (aten._to_copy.default, aten.copy_.default) and len(on_device) < len(tensors):
             if not (kwargs.get("non_blocking") or len(args) > 2 and args[2]):
                 self.wait("a copy to the device")
+            self.bytes += sum(t.nbytes for t in tensors if not isinstance(t, FakeTensor))
         if not function.is_view and function not in ALLOCATIONS:
             self.kernels[str(function)] += 1
         if function is aten.stack.default:  # as the kernel does, which refuses tensors of two devices
@@ -188,13 +190,16 @@ class Cuda(TorchDispatchMode):
         """What an operation brings back from the device, None if nothing."""
         if function is aten._local_scalar_dense.default:
             self.wait("a number")
+            self.bytes += args[0].nbytes
             return _numbers(args[0].shape, args[0].dtype).item()
         if function is aten._to_copy.default and device == "cpu":
             if not kwargs.get("non_blocking"):
                 self.wait("a copy to the host")
+            self.bytes += args[0].nbytes
             return _numbers(args[0].shape, kwargs.get("dtype") or args[0].dtype)
         if function is aten.copy_.default and not isinstance(args[0], FakeTensor):
             self.wait("a copy to the host")
+            self.bytes += args[0].nbytes
             return args[0].copy_(_numbers(args[0].shape, args[0].dtype))
         return None
 

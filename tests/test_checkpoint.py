@@ -327,6 +327,26 @@ def test_numbers_that_are_not_finite_stop_the_run(argv, tmp_path, capsys, tried)
     )
 
 
+def test_numbers_that_are_not_finite_are_found_a_step_later(argv, tmp_path, capsys):
+    """AdamW then has left the weights alone: nothing need be saved in between for the step to be found."""
+    common = ["--learning-rate", 1e30, "--warmup-steps", 0, "--optimizer", "adamw", "--max-steps", 9]
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv(tmp_path, *common))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and not checkpoints(tmp_path)
+    assert "in step 2, stopped before the weights were touched; last good checkpoint: none yet" in line
+
+
+def test_checkpoints_are_saved_by_the_clock(argv, tmp_path, monkeypatch):
+    """Unless --save-every names steps."""
+    monkeypatch.setattr(checkpoint, "KEEP", 100)
+    train.main(argv(tmp_path / "end", "--max-steps", 3))
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    train.main(argv(tmp_path / "all", "--max-steps", 3))
+    assert [c.name for c in checkpoints(tmp_path / "end")] == ["checkpoint-0000003"]
+    assert len(checkpoints(tmp_path / "all")) == 3
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model, noise_scheduler = build("small")
     optimizer = torch.optim.AdamW(model.parameters())
@@ -363,7 +383,7 @@ def test_half_the_batch_twice_is_the_same(pictures, tmp_path):
         "--warmup-steps",
         0,
     ]
-    argv += ["--learning-rate", 1e-4, "--optimizer", "adamw"]
+    argv += ["--learning-rate", 1e-4, "--optimizer", "adamw", "--mixed-precision", "no"]
     for name, more in {
         "whole": ["--batch-size", 32],
         "halves": ["--batch-size", 16, "--grad-accum", 2],

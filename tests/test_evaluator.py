@@ -75,6 +75,18 @@ def test_unusable_images_are_refused(judge):
             judge.eval(images, labels)
 
 
+def test_many_images_need_little_memory(run):
+    """They are judged some at a time: in one go 3,000 would take 3 GB."""
+    code = """
+import resource, torch
+from evaluator import evaluation_model
+images, labels = torch.zeros(3000, 3, 64, 64), torch.eye(24)[[0]].expand(3000, 24)
+print(evaluation_model().eval(images, labels), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    accuracy, gigabytes = map(float, run(ROOT, "-c", code).stdout.split())
+    assert 0 <= accuracy <= 1 and gigabytes < 1.4
+
+
 def test_unclamped_images_are_warned_about_once():
     judge = evaluation_model(SHIPPED, "cpu")
     with pytest.warns(UserWarning, match="1.20"):

@@ -1,5 +1,6 @@
 """The network, its presets and its way to disk and back."""
 
+import copy
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load_weights, write_weights
 from commands import InputError
-from device import choose_setup, compiler_trouble, join_processes
+from device import choose_setup, compiler_trouble, join_processes, prepare
 from model import ConditionalUNet, build
 from options import PRESETS
 
@@ -85,6 +86,37 @@ def test_the_setup_says_why():
     assert sampling.memory_format == torch.channels_last
     for setup in (training, sampling):
         assert str(setup).startswith("setup: cpu, fp32 (") and "\n" not in str(setup)
+
+
+def test_half_precision_is_the_default_where_the_processor_has_it(run):
+    """AVX512 alone is not enough: without instructions for bf16 it gains nothing."""
+    line = "import torch, device; print(*device.choose_precision(torch.device('cpu'), None), sep='|')"
+    has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    expected = (
+        "bf16|the processor has instructions for it" if has_it else "no|the processor has no instructions"
+    )
+    assert run(ROOT, "-c", line).stdout.startswith(expected)
+    slow = run(ROOT, "-c", line, ATEN_CPU_CAPABILITY="avx2").stdout
+    assert slow.startswith("no|the processor has no instructions for bf16")
+
+
+def test_weights_in_half_precision_predict_the_same():
+    """They are converted once in place of in each pass."""
+    torch.manual_seed(0)
+    model, _ = build("small")
+    expected = Accelerator().prepare_model(copy.deepcopy(model).eval())
+    setup = choose_setup(join_processes(), "bf16", 10, training=False)
+    network, _ = prepare(model, setup)
+    assert model.unet.mid_block.resnets[0].conv1.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            before = expected(*inputs()).float()
+        assert torch.equal(network(*inputs()), before)
+
+
+def test_fp16_is_for_gpus():
+    with pytest.raises(InputError, match="--mixed-precision fp16: is for GPUs without bf16"):
+        choose_setup(join_processes(), "fp16", 1, training=False)
 
 
 def test_half_precision_is_refused_where_it_is_slow(tmp_path, run):

@@ -135,6 +135,23 @@ def test_two_processes_paint_what_one_does(tmp_path, conditions, run, launcher):
     assert sorted(p.name for p in (tmp_path / "one" / "six").iterdir()) == [f"{i}.png" for i in range(4)]
 
 
+def test_all_lists_of_a_command_are_one_queue(tmp_path, conditions, capsys):
+    """Two lists and a strip, in batches of four that go across them, are those painted apart."""
+    second = tmp_path / "five.json"
+    second.write_text(json.dumps(load_conditions(conditions, load_objects())[1:]))
+    common = ["--weights", SHIPPED, "--steps", 4, "--batch-size", 4, *FP32, "--out"]
+    sample.main(list(map(str, ["--mode", conditions, second, "process", *common, tmp_path / "one"])))
+    for mode in (conditions, second, "process"):
+        sample.main(list(map(str, ["--mode", mode, *common, tmp_path / "apart"])))
+    names = [f"six/{i}.png" for i in range(6)] + [f"five/{i}.png" for i in range(5)] + ["process.png"]
+    for name in names:
+        one, two = (np.array(Image.open(tmp_path / n / name)).astype(int) for n in ("one", "apart"))
+        assert np.abs(one - two).max() <= 1
+    for name in ("six", "five"):
+        one, two = (json.loads((tmp_path / n / f"{name}.json").read_text()) for n in ("one", "apart"))
+        assert one["accuracies"] == two["accuracies"] and one["painted"] == two["painted"]
+
+
 def test_guidance_outside_of_the_interval_is_none():
     model, noise_scheduler, _ = load_weights(SHIPPED)
     labels = multi_hot([["red cube"]], load_objects())

@@ -1,0 +1,51 @@
+"""Muon takes the steps of timm's, in fewer kernels."""
+
+import copy
+
+import pytest
+import torch
+from timm.optim import Muon as TimmMuon
+
+from model import build
+from muon import Muon
+
+
+def test_the_same_weights_after_20_steps():
+    """From the same gradients, bit for bit."""
+    torch.manual_seed(0)
+    ours, _ = build("small")
+    theirs = copy.deepcopy(ours)
+    optimizers = [
+        Muon(ours.parameters(), lr=3e-3),
+        TimmMuon(theirs.parameters(), lr=3e-3, nesterov=True),
+    ]
+    for _ in range(20):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn_like(a) * 0.01 + a.detach() * 0.1
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("preset", ["small", "tiny-mixed"])
+def test_the_order_of_memory_changes_rounding_alone(preset):
+    """As on a GPU, where convolutions are channels_last: columns are then orthogonalised in another order."""
+    torch.manual_seed(0)
+    ours, _ = build(preset)
+    ours.to(memory_format=torch.channels_last)
+    theirs = copy.deepcopy(ours)
+    start = torch.cat([p.detach().flatten() for p in ours.parameters()])
+    optimizers = [
+        Muon(ours.parameters(), lr=3e-3),
+        TimmMuon(theirs.parameters(), lr=3e-3, nesterov=True),
+    ]
+    for _ in range(5):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    a, b = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (ours, theirs))
+    assert (a - b).norm() < 0.005 * (b - start).norm()

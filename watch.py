@@ -1,0 +1,112 @@
+"""What the host knows of the steps of a training run, which the device may not have finished yet; the log."""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+import checkpoint
+from commands import InputError
+from device import start_copy
+
+LOG_EVERY = 10  # steps
+MOST_SKIPPED = 50  # steps in a row that fp16 may leave out as their gradients overflow
+
+
+class Step(NamedTuple):
+    """A step whose numbers are on their way from the device."""
+
+    index: int
+    read: object  # a function that gives them, and waits for them if need be
+    learning_rate: float
+    filenames: list[str]  # of its pictures
+
+
+class Watch:
+    """Reads loss and gradient norm of each step, stops the run if they are not finite, and writes the log.
+
+    The numbers of a step are read `lag` steps later, so that the host, which by then has given the device the
+    next steps to do, need not wait. A lag of 1 is for an optimizer that by itself leaves the weights alone
+    where a number is not finite. `losses`: of the steps since the last line in the log, from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        lag: int,
+        first_step: int,
+        losses: list[float],
+    ):
+        self.args, self.accelerator, self.lag = args, accelerator, lag
+        self.losses = losses  # since the last line in the log
+        self.bar = None  # to show the loss in
+        self._steps: deque[Step] = deque()
+        self._stop_step = None  # in which a signal to stop had arrived, in any process
+        self._skipped = 0  # steps in a row
+        self._batch_size = args.batch_size * args.grad_accum
+        self._last_logged = first_step
+        self._last_time = time.perf_counter()
+        self._log = None
+        if accelerator.is_main_process:
+            self._log = checkpoint.open_log(args.out / "log.jsonl", first_step)
+
+    def put(self, index: int, numbers: torch.Tensor, learning_rate: float, filenames: list[str]):
+        """Give it loss, gradient norm, and above 0 if a process is to stop: [3] on the device."""
+        self._steps.append(Step(index, start_copy(numbers), learning_rate, filenames))
+        self._read(self.lag)
+
+    def read_all(self):
+        """Take in the numbers of all steps. Raises InputError if some are not finite, as `put` does."""
+        self._read(0)
+
+    def is_stopping(self, index: int) -> bool:
+        """Whether to stop after this step: the same in all processes, also where one has read more."""
+        return self._stop_step is not None and index >= self._stop_step + self.lag
+
+    def _read(self, lag: int):
+        while len(self._steps) > lag:
+            step = self._steps.popleft()
+            loss, norm, stops = step.read()
+            self._check(step, loss, norm)
+            self.losses.append(loss)
+            if stops and self._stop_step is None:
+                self._stop_step = step.index
+            if (step.index + 1) % LOG_EVERY == 0 or step.index + 1 == self.args.max_steps:
+                self._write(step, norm)
+
+    def _check(self, step: Step, loss: float, norm: float):
+        # In fp16 the gradient scaler leaves out a step whose gradient overflows, and then scales less.
+        overflows = self.accelerator.scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
+        self._skipped = self._skipped + 1 if overflows else 0
+        if math.isfinite(loss + norm) or overflows and self._skipped <= MOST_SKIPPED:
+            return
+        saved = checkpoint.checkpoints(self.args.out)
+        raise InputError(
+            f"{self.args.out}: loss {loss:.4g}, gradient norm {norm:.4g} in step {step.index + 1:,}, stopped "
+            f"before the weights were touched; last good checkpoint: {saved[-1] if saved else 'none yet'}; "
+            f"try a lower --learning-rate in another --out; pictures of the step: {', '.join(step.filenames)}"
+        )
+
+    def _write(self, step: Step, norm: float):
+        done, now = step.index + 1, time.perf_counter()
+        pictures = (done - self._last_logged) * self._batch_size
+        entry = {
+            "step": done,
+            "pictures": done * self._batch_size,
+            "loss": statistics.mean(self.losses),
+            "gradient_norm": norm,
+            "learning_rate": step.learning_rate,
+            "pictures_per_second": pictures / (now - self._last_time),
+        }
+        self.losses, self._last_logged, self._last_time = [], done, now
+        self.accelerator.log(entry, step=done)
+        if self._log:
+            self._log.write(json.dumps(entry) + "\n")
+            self.bar.set_postfix(loss=f"{entry['loss']:.4f}")
