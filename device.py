@@ -14,10 +14,10 @@ from commands import InputError
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's names
 
-# From how many passes through the network compiling pays. Inductor takes 36 s for the sampling of `reference`
-# and 158 s for its training on one core (benchmarks/codegen.py). A pass then saves some 4.5 ms of launching
-# kernels on an H100, an estimate; a training step, which goes back as well, three times that.
-COMPILE_FROM = {"sampling": 8_000, "training": 12_000}
+# Passes through the network from which on compiling pays. For `reference` compiling takes about a minute in
+# sampling and two to three in training (benchmarks/codegen.py). A pass then saves some 4.5 ms on an H100, an
+# estimate, and a training step, which goes back as well, three times that.
+COMPILE_FROM = 12_000
 
 
 def join_processes() -> PartialState:
@@ -118,7 +118,7 @@ def choose_setup(
     `graphs`: whether CUDA graphs may be used. Raises as `choose_precision`. Measured by benchmarks/speed.py;
     docs/speed.md has the figures.
     """
-    device, what = state.device, "training" if training else "sampling"
+    device = state.device
     precision, why_precision = choose_precision(device, precision)
     if device.type == "cuda":
         memory_format, why_format = torch.channels_last, "the matrix units' own layout"
@@ -134,13 +134,13 @@ def choose_setup(
     compile_mode = None
     if device.type != "cuda":
         why_compile = "gains nothing without CUDA"
-    elif passes < COMPILE_FROM[what]:
-        why_compile = f"pays from some {COMPILE_FROM[what]:,} passes, here {passes:,}"
+    elif passes < COMPILE_FROM:
+        why_compile = f"pays from some {COMPILE_FROM:,} passes, here {passes:,}"
     else:
         why_compile = compiler_trouble(device, mode)
         if not why_compile:
             compile_mode = mode
-            why_compile = f"{passes:,} passes; pays from some {COMPILE_FROM[what]:,}"
+            why_compile = f"{passes:,} passes; pays from some {COMPILE_FROM:,}"
     reasons = (why_precision, why_format, why_compile)
     return Setup(device, state.num_processes, precision, memory_format, compile_mode, reasons)
 

@@ -15,7 +15,7 @@ from options import PRECISIONS, RANGES, SAMPLERS
 
 PROCESS = ["red sphere", "cyan cylinder", "cyan cube"]  # what labs want to see come out of the noise
 STRIP = 10  # pictures of it
-CODE = ("sample.py", "sampling.py", "model.py", "device.py", "dataset.py")  # that decides what the pictures look like
+CODE = ("sample.py", "sampling.py", "model.py", "device.py", "dataset.py")  # that decides about pictures
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

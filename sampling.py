@@ -94,9 +94,11 @@ def generate(
     scheduler.set_timesteps(steps)  # kept on the CPU: a step then waits for nothing on a GPU
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same start on any device
     images = randn_tensor((count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generators).to(device)
-    noise_source = {}
+    step_options = {}
     if sampler in STOCHASTIC:
-        noise_source["generator"] = [torch.Generator(device).manual_seed(seed + 1) for seed in seeds]
+        step_options["generator"] = [torch.Generator(device).manual_seed(seed + 1) for seed in seeds]
+    if sampler == "ddim":  # with the noise that belongs to the clamped picture: else more steps are worse
+        step_options["use_clipped_model_output"] = True
     everyone = torch.arange(count, device=device)
     mistakes = [(i, label) for i, own in enumerate(negative_labels) for label in own]
     if device.type == "cuda":  # a compiled network wants few sizes of batches
@@ -133,7 +135,7 @@ def generate(
         if evaluator_scale > 0:
             gradient = evaluator_gradient(evaluator, noise_scheduler, images, prediction, t, labels)
             prediction = prediction - evaluator_scale * gradient
-        images = scheduler.step(prediction, t, images, **noise_source).prev_sample
+        images = scheduler.step(prediction, t, images, **step_options).prev_sample
     images = images.clamp(-1, 1)
     callback(images)
     return images
