@@ -88,7 +88,8 @@ def test_more_steps_of_ddim_are_no_worse():
     model, noise_scheduler, metadata = load_weights(SHIPPED)
     chosen, objects = load_conditions(ROOT / "validation.json", load_objects())[-8:], load_objects()
     labels = multi_hot(chosen, objects)
-    options = metadata["sampling"] | {"sampler": "ddim", "negative_scale": 0.0, "guidance_interval": (0, 1000)}
+    options = metadata["sampling"] | {"sampler": "ddim", "negative_scale": 0.0}
+    options["guidance_interval"] = (0, 1000)
     pictures = [
         sampling.generate(model.eval(), noise_scheduler, labels, list(range(8)), **options | {"steps": steps})
         for steps in (10, 40)
