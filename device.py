@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch import nn
 
@@ -31,6 +32,13 @@ def join_processes() -> PartialState:
             "MPI; use torchrun --nproc_per_node N in its place"
         )
     return PartialState(cpu=is_cpu_asked_for or not torch.accelerator.is_available())
+
+
+def new_accelerator(**options) -> Accelerator:
+    """An Accelerator with these options, whatever one made before in this process (a notebook) was given."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    return Accelerator(**options)
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,8 @@ def prepare(model: nn.Module, setup: Setup) -> tuple[nn.Module, nn.Module]:
         if isinstance(module, nn.Conv2d | nn.Linear) and module is not model.unet.conv_in:
             module.to(DTYPES[setup.precision])
     model = model.to(setup.device, memory_format=setup.memory_format).eval()
-    model = Accelerator(mixed_precision=setup.precision).prepare_model(model, evaluation_mode=True)
+    accelerator = new_accelerator(mixed_precision=setup.precision)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
     if not setup.compile_mode:
         return model, model
     return model, torch.compile(model, mode=setup.compile_mode, dynamic=False)

@@ -88,7 +88,7 @@ from dataset import (
     twin_labels,
     unseen_triples,
 )
-from device import Setup, choose_setup, explained, join_processes
+from device import Setup, choose_setup, explained, join_processes, new_accelerator
 from model import build
 from muon import Muon
 from sampling import generate, picture_seed
@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None):
     left = args.max_steps - checkpoint.steps_done(args.out)
     setup = choose_setup(state, args.mixed_precision, left * args.grad_accum, training=True, graphs=graphs)
     args.mixed_precision = setup.precision
-    accelerator = Accelerator(
+    accelerator = new_accelerator(
         mixed_precision=setup.precision,
         gradient_accumulation_steps=args.grad_accum,
         log_with=args.log_with,

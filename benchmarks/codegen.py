@@ -25,7 +25,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -43,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fakecuda
 
-from device import Setup, prepare
+from device import Setup, new_accelerator, prepare
 from model import build
 
 MODE = "reduce-overhead"  # of torch.compile, as device.py chooses it: with CUDA graphs
@@ -131,7 +130,7 @@ def set_up(preset: str, training: bool, precision: str, fake: FakeTensorMode) ->
         model, _ = build(preset)
     model.to = lambda *args, **kwargs: to_card(model, fake)
     if training:
-        return Accelerator(mixed_precision=precision).prepare_model(model.to().train())
+        return new_accelerator(mixed_precision=precision).prepare_model(model.to().train())
     return prepare(model, Setup(DEVICE, 1, precision, torch.channels_last, None, ("", "", "")))[0]
 
 

@@ -28,7 +28,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from diffusers import DDPMScheduler
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from commands import ROOT, number
 from dataset import PACK, ICLEVRDataset, load_objects, read_picture, to_float
-from device import Setup, choose_setup, join_processes, prepare
+from device import Setup, choose_setup, join_processes, new_accelerator, prepare
 from model import build
 from options import PRECISIONS, PRESETS
 from sampling import batch_size_for, generate
@@ -185,7 +185,7 @@ def check_share(
     model, _ = build(preset)
     model.to(clean.device, memory_format=setup.memory_format).train()
     optimizer = train.OPTIMIZER_CLASSES[PRESETS[preset]["training"]["optimizer"]](model.parameters(), lr=1e-4)
-    prepared = Accelerator(mixed_precision=setup.precision).prepare_model(model)
+    prepared = new_accelerator(mixed_precision=setup.precision).prepare_model(model)
     timesteps, shares = torch.randint(1000, (len(clean),), device=clean.device), []
     for _ in range(2 + pairs):
         wait(clean.device)
@@ -207,7 +207,7 @@ def bare_training(preset: str, clean: torch.Tensor, label: torch.Tensor, setup: 
     model, _ = build(preset)
     model.to(clean.device, memory_format=setup.memory_format).train()
     optimizer = train.OPTIMIZER_CLASSES[PRESETS[preset]["training"]["optimizer"]](model.parameters(), lr=1e-4)
-    model = Accelerator(mixed_precision=setup.precision).prepare_model(model)
+    model = new_accelerator(mixed_precision=setup.precision).prepare_model(model)
     timesteps = torch.randint(1000, (len(clean),), device=clean.device)
 
     def run(steps: int):

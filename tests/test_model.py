@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import METADATA, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load_weights, write_weights
 from commands import InputError
-from device import choose_setup, compiler_trouble, join_processes, prepare
+from device import choose_setup, compiler_trouble, join_processes, new_accelerator, prepare
 from model import ConditionalUNet, build
 from options import PRESETS
 
@@ -104,7 +103,7 @@ def test_weights_in_half_precision_predict_the_same():
     """They are converted once in place of in each pass."""
     torch.manual_seed(0)
     model, _ = build("small")
-    expected = Accelerator().prepare_model(copy.deepcopy(model).eval())
+    expected = new_accelerator(mixed_precision="no").prepare_model(copy.deepcopy(model).eval())
     setup = choose_setup(join_processes(), "bf16", 10, training=False)
     network, _ = prepare(model, setup)
     assert model.unet.mid_block.resnets[0].conv1.weight.dtype == torch.bfloat16
@@ -149,7 +148,7 @@ def test_the_network_compiles_into_one_graph(preset):
     network = ConditionalUNet(
         **PRESETS[preset]["network"] | {"block_out_channels": [32] * len(blocks)}
     ).train()
-    prepared = Accelerator().prepare_model(network)
+    prepared = new_accelerator(mixed_precision="no").prepare_model(network)
     compiled = torch.compile(prepared, backend="aot_eager", fullgraph=True, dynamic=False)
     images, timesteps, labels = inputs()
     expected, got = prepared(images, timesteps, labels), compiled(images, timesteps, labels)
