@@ -183,7 +183,7 @@ def paint_batches(batches: list, size: int, painter, bar: tqdm):
             bar.update()
             for image, (one, _) in zip(images, batch, strict=False):
                 if one.is_process:
-                    one.frames.append(image)
+                    one.frames.append(image.clone())  # not a part of the batch, which would stay as well
 
         conditions = [one.conditions[one.places[i][1]] for one, i in filled]
         images = painter(conditions, [one.places[i] for one, i in filled], callback=look)
@@ -240,6 +240,34 @@ def score(evaluator: evaluation_model, target: Path, conditions: list[list[str]]
     print(f"accuracy: {mean:.4f}{spread}, exact set: {exact_set:.4f}{by}")
 
 
+def settings_of(
+    args: argparse.Namespace, options: dict, size: int, metadata: dict, evaluator: evaluation_model, device
+) -> dict:
+    """All that decides what the pictures of any list look like, beside its conditions, for the reports."""
+    precision, _ = choose_precision(device, args.mixed_precision)
+    settings = {"seed": args.seed, **options}
+    if args.best_of > 1:
+        settings |= {"best_of": args.best_of, "lift_over": args.lift_over}
+    if options.get("evaluator_scale"):
+        settings |= {"evaluator_sha256": file_sha256(evaluator.path)}
+    hashes = {f"{name}_sha256": file_sha256(ROOT / name) for name in CODE}
+    versions = {name: version(name) for name in ("torch", "diffusers")}
+    return (
+        settings
+        | hashes
+        | versions
+        | {
+            "precision": precision,
+            "batch_size": size,
+            "weights": str(args.weights),
+            "weights_sha256": fingerprint(args.weights),
+            "model": metadata["model"],
+            "pictures_seen": metadata["pictures_seen"],
+            "device": device_name(device),
+        }
+    )
+
+
 @command
 def main(argv: list[str] | None = None):
     args, state = parse_args(argv), join_processes()
@@ -256,12 +284,7 @@ def main(argv: list[str] | None = None):
         raise InputError(f"--mode: two lists named {repeated[0]} would share one folder; sample them apart")
     amount = sum(len(one.places) for one in lists)
     size = batch_size_for(state.device, amount, state.num_processes, args.batch_size)
-    precision, _ = choose_precision(state.device, args.mixed_precision)
-    facts = {"precision": precision, "batch_size": size, "weights": str(args.weights)}
-    facts |= {"model": metadata["model"], "pictures_seen": metadata["pictures_seen"]}
-    facts |= {"device": device_name(state.device), "weights_sha256": fingerprint(args.weights)}
-    facts |= {f"{name}_sha256": file_sha256(ROOT / name) for name in CODE}
-    facts |= {name: version(name) for name in ("torch", "diffusers")}
+    settings = settings_of(args, options, size, metadata, evaluator, state.device)
 
     with contextlib.ExitStack() as stack:
         smaller = f"; try --batch-size {size // 2}" if size > 1 else ""
@@ -270,15 +293,10 @@ def main(argv: list[str] | None = None):
             if one.is_process:
                 one.missing = {0}
                 continue
-            settings = {"labels": one.labels, "num_images": len(one.places), "seed": args.seed, **options}
-            if args.best_of > 1:
-                settings |= {"best_of": args.best_of, "lift_over": args.lift_over}
-            if options.get("evaluator_scale"):
-                settings |= {"evaluator_sha256": file_sha256(evaluator.path)}
-            settings |= facts | {"conditions": one.conditions}
             if is_main:
+                own = {"labels": one.labels, "num_images": len(one.places), "conditions": one.conditions}
                 stack.enter_context(lock(one.target))
-                one.report = start_list(one.target, settings)
+                one.report = start_list(one.target, own | settings)
         state.wait_for_everyone()
         for one in lists:
             if not one.is_process:
