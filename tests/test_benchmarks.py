@@ -40,6 +40,8 @@ def test_the_dry_run_leaves_every_result(results):
         report = json.loads((results / name).read_text())
         assert report["seconds"] > 0 and (results / name).with_suffix(".png").stat().st_size > 1000
     assert (results / "small" / "small" / "unseen.json").exists()
+    for strip in ("small/small/process.png", "reference/few-40/process.png"):
+        assert (results / strip).stat().st_size > 5000
     assert (results / "small" / "small" / "weights" / "metadata.json").exists()
     for curve in ("small/small.png", "reference/reference.png", "longer/small-longer.png"):
         assert (results / curve).stat().st_size > 5000
