@@ -240,6 +240,17 @@ def score(evaluator: evaluation_model, target: Path, conditions: list[list[str]]
     print(f"accuracy: {mean:.4f}{spread}, exact set: {exact_set:.4f}{by}")
 
 
+@contextlib.contextmanager
+def ctrl_c_explained(lists: list[PictureList]):
+    """Say where a Ctrl-C ended the painting, and how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        where = ", ".join(str(one.target) for one in lists)
+        print(f"{where}: stopped; the same command paints what is missing", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def settings_of(
     args: argparse.Namespace, options: dict, size: int, metadata: dict, evaluator: evaluation_model, device
 ) -> dict:
@@ -289,6 +300,7 @@ def main(argv: list[str] | None = None):
     with contextlib.ExitStack() as stack:
         smaller = f"; try --batch-size {size // 2}" if size > 1 else ""
         stack.enter_context(explained(state.device, f"with --batch-size {size}{smaller}"))
+        stack.enter_context(ctrl_c_explained(lists))
         for one in lists:
             if one.is_process:
                 one.missing = {0}
@@ -314,14 +326,9 @@ def main(argv: list[str] | None = None):
             evaluator=evaluator.resnet18, best_of=args.best_of, lift_over=args.lift_over,
         )  # fmt: skip
         start = time.perf_counter()
-        try:
-            calls = (options["steps"] + 1) * args.best_of * len(mine)
-            with tqdm(total=calls, unit="step", disable=not is_main, leave=False) as bar:
-                paint_batches(mine, 0 if state.device.type == "cpu" else size, painter, bar)
-        except KeyboardInterrupt:
-            where = ", ".join(str(one.target) for one in lists)
-            print(f"{where}: stopped; the same command paints what is missing", file=sys.stderr)
-            raise SystemExit(130) from None
+        calls = (options["steps"] + 1) * args.best_of * len(mine)
+        with tqdm(total=calls, unit="step", disable=not is_main, leave=False) as bar:
+            paint_batches(mine, 0 if state.device.type == "cpu" else size, painter, bar)
         for one in lists:
             if one.frames:  # in the process that painted it, of the first candidate
                 one.target.parent.mkdir(parents=True, exist_ok=True)

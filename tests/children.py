@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import os
 import resource
+import signal
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -17,6 +18,7 @@ def _run(script: str, argv: list[str], folder: Path, output: Path, limits: dict[
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in a shell's background ignore
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
     importlib.import_module(script).main(argv)
