@@ -1,6 +1,6 @@
 """What a training step and a sampling step cost a GPU's host: kernels, waits, bytes. Counted, not timed.
 
-    python benchmarks/launches.py                  # 2 minutes, needs no GPU, but a C compiler
+    python benchmarks/launches.py                  # a minute; needs no GPU, but a C compiler
     python benchmarks/launches.py --tree DIR       # the scripts of another checkout of this project
 
 The scripts run uncompiled on a CUDA device that is not there (tests/fakecuda.py). A training step is the
@@ -24,45 +24,13 @@ import fakecuda
 CARD = ("NVIDIA H100", 9, 0)
 
 
-class Bar:
-    """In place of train.py's progress bar: counts what the third step costs."""
-
-    def __init__(self, steps, **options):
-        self.steps = steps
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *raised):
-        pass
-
-    def __iter__(self):
-        for step in self.steps:
-            before = cost()
-            yield step
-            if step == 2:
-                Bar.cost = difference(cost(), before)
-
-    def set_postfix(self, **values):
-        pass
-
-
-def cost() -> tuple[int, int, int]:
-    """Kernels, waits and bytes so far."""
-    cuda = fakecuda.Cuda.active
-    return cuda.kernels.total(), cuda.waits.total(), cuda.bytes
-
-
-def difference(after: tuple, before: tuple) -> tuple:
-    return tuple(a - b for a, b in zip(after, before, strict=True))
-
-
 def training_step(train, model: str, folder: Path) -> tuple[int, int, int]:
     argv = ["--model", model, "--data", str(ROOT / "held_out.npz"), "--out", str(folder / model)]
     argv += ["--max-steps", "9", "--batch-size", "32", "--sample-every", "0", "--save-every", "5"]
     with fakecuda.Cuda(), contextlib.suppress(RuntimeError, SystemExit):  # some trees fail when they save
         train.main(argv)
-    return Bar.cost
+    third = fakecuda.Steps.last.counts[2]
+    return third["kernels"], sum(third["waits"].values()), third["bytes"]
 
 
 def sampling_step(sample, weights: Path, folder: Path) -> tuple[int, int, int]:
@@ -71,10 +39,10 @@ def sampling_step(sample, weights: Path, folder: Path) -> tuple[int, int, int]:
         argv = ["--mode", "test", "--weights", str(weights), "--out", str(folder / "images")]
         argv += ["--steps", steps, "--sampler", "ddim", "--batch-size", "32"]
         argv += ["--guidance-scale", "1", "--negative-scale", "0"]
-        with fakecuda.Cuda():
+        with fakecuda.Cuda() as cuda:
             sample.main(argv)
-        costs.append(cost())
-    return difference(costs[1], costs[0])
+        costs.append((cuda.kernels.total(), cuda.waits.total(), cuda.bytes))
+    return tuple(more - less for less, more in zip(*costs, strict=True))
 
 
 def count():
@@ -89,7 +57,7 @@ def count():
     from checkpoint import write_weights
     from model import build
 
-    train.tqdm = Bar
+    train.tqdm = fakecuda.Steps
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model in ("small", "reference"):

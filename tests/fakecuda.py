@@ -212,3 +212,30 @@ class Cuda(TorchDispatchMode):
         ours = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
         where = f"{Path(ours[-1].filename).name}: {ours[-1].line}" if ours else "?"
         self.waits[f"{what}, {where}"] += 1
+
+
+class Steps:
+    """In place of train.py's progress bar: notes what each step costs."""
+
+    last: "Steps | None" = None
+
+    def __init__(self, steps, **options):
+        self.steps, self.counts = steps, []
+        Steps.last = self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+    def __iter__(self):
+        cuda = Cuda.active
+        for step in self.steps:
+            kernels, waits, copied = cuda.kernels.total(), cuda.waits.copy(), cuda.bytes
+            yield step
+            count = {"kernels": cuda.kernels.total() - kernels, "waits": dict(cuda.waits - waits)}
+            self.counts.append(count | {"bytes": cuda.bytes - copied})
+
+    def set_postfix(self, **values):
+        pass

@@ -32,31 +32,7 @@ PRESETS["reference"]["network"] = {"block_out_channels": (32, 32, 64, 64, 64, 64
 COMPILE_FROM = device.COMPILE_FROM
 
 
-class Bar:
-    """In place of train.py's progress bar: notes kernels and waits of each step."""
-
-    def __init__(self, steps, **options):
-        self.steps, self.counts = steps, []
-        Bar.last = self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *raised):
-        pass
-
-    def __iter__(self):
-        for step in self.steps:
-            kernels, waits = Cuda.active.kernels.total(), Cuda.active.waits.copy()
-            yield step
-            waits = Cuda.active.waits - waits
-            self.counts.append({"kernels": Cuda.active.kernels.total() - kernels, "waits": dict(waits)})
-
-    def set_postfix(self, **values):
-        pass
-
-
-train.tqdm = Bar
+train.tqdm = fakecuda.Steps
 
 
 def run(main, *argv, errors=None, compiles=False) -> dict:
@@ -74,11 +50,11 @@ def run(main, *argv, errors=None, compiles=False) -> dict:
 
 
 def training(model: str, steps: int, *more, **options) -> dict:
-    Bar.last = None
+    fakecuda.Steps.last = None
     argv = ["--model", model, "--data", PICTURES, "--out", f"runs/{model}", "--max-steps", steps]
     argv += ["--batch-size", 4, "--lr-schedule", "constant", "--sample-every", 0, *more]
     found = run(train.main, *argv, **options)
-    return found | {"steps": Bar.last.counts if Bar.last else []}
+    return found | {"steps": fakecuda.Steps.last.counts if fakecuda.Steps.last else []}
 
 
 def sampling(model: str, *more, **options) -> dict:
