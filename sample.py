@@ -178,12 +178,12 @@ def paint_batches(batches: list, size: int, painter, bar: tqdm):
     """
     for batch in batches:
         filled = batch + batch[-1:] * (size - len(batch))
+        strips = [(place, one) for place, (one, _) in enumerate(batch) if one.is_process]
 
-        def look(images: torch.Tensor, batch=batch):
+        def look(images: torch.Tensor, strips=strips):
             bar.update()
-            for image, (one, _) in zip(images, batch, strict=False):
-                if one.is_process:
-                    one.frames.append(image.clone())  # not a part of the batch, which would stay as well
+            for place, one in strips:
+                one.frames.append(images[place].clone())  # a part of the batch would keep the whole of it
 
         conditions = [one.conditions[one.places[i][1]] for one, i in filled]
         images = painter(conditions, [one.places[i] for one, i in filled], callback=look)
@@ -256,27 +256,27 @@ def settings_of(
 ) -> dict:
     """All that decides what the pictures of any list look like, beside its conditions, for the reports."""
     precision, _ = choose_precision(device, args.mixed_precision)
-    settings = {"seed": args.seed, **options}
+    settings = {
+        "seed": args.seed,
+        **options,
+        "precision": precision,
+        "batch_size": size,
+        "weights": str(args.weights),
+        "model": metadata["model"],
+        "pictures_seen": metadata["pictures_seen"],
+        "device": device_name(device),
+        "weights_sha256": fingerprint(args.weights),
+    }
     if args.best_of > 1:
-        settings |= {"best_of": args.best_of, "lift_over": args.lift_over}
+        settings["best_of"] = args.best_of
+        settings["lift_over"] = args.lift_over
     if options.get("evaluator_scale"):
-        settings |= {"evaluator_sha256": file_sha256(evaluator.path)}
-    hashes = {f"{name}_sha256": file_sha256(ROOT / name) for name in CODE}
-    versions = {name: version(name) for name in ("torch", "diffusers")}
-    return (
-        settings
-        | hashes
-        | versions
-        | {
-            "precision": precision,
-            "batch_size": size,
-            "weights": str(args.weights),
-            "weights_sha256": fingerprint(args.weights),
-            "model": metadata["model"],
-            "pictures_seen": metadata["pictures_seen"],
-            "device": device_name(device),
-        }
-    )
+        settings["evaluator_sha256"] = file_sha256(evaluator.path)
+    for name in CODE:
+        settings[f"{name}_sha256"] = file_sha256(ROOT / name)
+    for name in ("torch", "diffusers"):
+        settings[name] = version(name)
+    return settings
 
 
 @command
@@ -328,6 +328,7 @@ def main(argv: list[str] | None = None):
         start = time.perf_counter()
         calls = (options["steps"] + 1) * args.best_of * len(mine)
         with tqdm(total=calls, unit="step", disable=not is_main, leave=False) as bar:
+            # On a CPU no batch is filled up: that costs time, and nothing there wants batches of one size.
             paint_batches(mine, 0 if state.device.type == "cpu" else size, painter, bar)
         for one in lists:
             if one.frames:  # in the process that painted it, of the first candidate

@@ -253,7 +253,7 @@ def train(
     # Fused AdamW skips a step for which `found_inf` is 1, and fp16's gradient scaler one that overflows: the
     # numbers of a step can then be read one step late.
     skips_by_itself = args.optimizer == "adamw" or accelerator.scaler is not None
-    watch = Watch(args, accelerator, 1 if skips_by_itself else 0, first_step, losses)
+    watch = Watch(args, data.filenames, accelerator, 1 if skips_by_itself else 0, first_step, losses)
     images, labels = data.images.to(device), data.labels.to(device)  # uint8 [N, 3, 64, 64], float32 [N, 24]
     batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
     num_timesteps, steps = noise_scheduler.config.num_train_timesteps, range(first_step, args.max_steps)
@@ -294,7 +294,7 @@ def train(
             found = accelerator.reduce(found, "mean")
             if skips_by_itself:
                 bare_optimizer.found_inf = 1 - found[:2].sum().isfinite().float()
-            watch.put(step, found, rate, [data.filenames[i] for i in indices])
+            watch.put(step, found, rate, indices)
             optimizer.step()
             optimizer.zero_grad()
             if args.ema_decay:

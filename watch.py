@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,9 @@ class Step(NamedTuple):
     """A step whose numbers are on their way from the device."""
 
     index: int
-    read: object  # a function that gives them, and waits for them if need be
+    read: Callable[[], list[float]]  # gives them, and waits for them if need be
     learning_rate: float
-    filenames: list[str]  # of its pictures
+    pictures: torch.Tensor  # indices [B]
 
 
 class Watch:
@@ -39,12 +40,14 @@ class Watch:
     def __init__(
         self,
         args: argparse.Namespace,
+        filenames: list[str],
         accelerator: Accelerator,
         lag: int,
         first_step: int,
         losses: list[float],
     ):
         self.args, self.accelerator, self.lag = args, accelerator, lag
+        self.filenames = filenames  # of all pictures
         self.losses = losses  # since the last line in the log
         self.bar = None  # to show the loss in
         self._steps: deque[Step] = deque()
@@ -57,9 +60,10 @@ class Watch:
         if accelerator.is_main_process:
             self._log = checkpoint.open_log(args.out / "log.jsonl", first_step)
 
-    def put(self, index: int, numbers: torch.Tensor, learning_rate: float, filenames: list[str]):
-        """Give it loss, gradient norm, and above 0 if a process is to stop: [3] on the device."""
-        self._steps.append(Step(index, start_copy(numbers), learning_rate, filenames))
+    def put(self, index: int, numbers: torch.Tensor, learning_rate: float, pictures: torch.Tensor):
+        """Give it loss, gradient norm, and above 0 if a process is to stop: [3] on the device; `pictures`:
+        which ones the step was of, indices [B] on the CPU."""
+        self._steps.append(Step(index, start_copy(numbers), learning_rate, pictures))
         self._read(self.lag)
 
     def read_all(self):
@@ -88,10 +92,11 @@ class Watch:
         if math.isfinite(loss + norm) or overflows and self._skipped <= MOST_SKIPPED:
             return
         saved = checkpoint.checkpoints(self.args.out)
+        filenames = ", ".join(self.filenames[i] for i in step.pictures)
         raise InputError(
             f"{self.args.out}: loss {loss:.4g}, gradient norm {norm:.4g} in step {step.index + 1:,}, stopped "
             f"before the weights were touched; last good checkpoint: {saved[-1] if saved else 'none yet'}; "
-            f"try a lower --learning-rate in another --out; pictures of the step: {', '.join(step.filenames)}"
+            f"try a lower --learning-rate in another --out; pictures of the step: {filenames}"
         )
 
     def _write(self, step: Step, norm: float):
