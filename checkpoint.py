@@ -1,4 +1,4 @@
-"""Weights, runs and painted lists on disk: written whole or not at all, read without running code from them.
+"""Weights and runs on disk: written whole or not at all, read without running code from them.
 
 A folder of weights holds `unet/` and `scheduler/` (diffusers' own formats) and `metadata.json`, written last;
 a checkpoint of a run adds `training/` with all that is needed to go on. What was tried against all this, and
@@ -10,19 +10,30 @@ what happened: docs/faults.md. As a script, make weights to ship:
 import argparse
 from pathlib import Path
 
-from commands import ROOT, InputError, Parser, command, shown
+from commands import (
+    ROOT,
+    STOP,
+    InputError,
+    Parser,
+    command,
+    did_you_mean,
+    handled,
+    read_early,
+    shown,
+    to_path,
+)
 from options import PRESETS, check_options
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Make weights to ship from a run: half precision, nothing to train on.")
-    parser.add_argument("source", type=Path, help="a run or one of its checkpoints")
-    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("source", type=to_path, help="a run or one of its checkpoints")
+    parser.add_argument("out", type=to_path, help="folder to write")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+    read_early(parse_args)
 
 import contextlib
 import hashlib
@@ -31,6 +42,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -38,7 +50,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 
-import filelock
 import torch
 from diffusers import DDPMScheduler
 from safetensors import SafetensorError
@@ -46,7 +57,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import get_total_norm
 from torchvision.transforms.functional import to_pil_image
 
-from dataset import check_fields, load_json, read_picture
+from files import (
+    check_fields,
+    flush,
+    load_json,
+    refuse_foreign,
+    remove_temporaries,
+    temporary_beside,
+    write_json,
+    write_whole,
+)
 from model import ConditionalUNet, load_network, load_noise_scheduler
 
 SHIPPED = ROOT / "weights" / "small"
@@ -55,8 +75,9 @@ METADATA = {"model": str, "recipe": dict, "data": dict, "sampling": dict, "unsee
 METADATA |= {"step": int, "pictures_seen": int}  # what it holds at least
 WEIGHTS_NAME = "unet/diffusion_pytorch_model.safetensors"
 NETWORK_NAME, SCHEDULER_NAME = "unet/config.json", "scheduler/scheduler_config.json"
+SHIPPED_FILES = (METADATA_NAME, WEIGHTS_NAME, NETWORK_NAME, SCHEDULER_NAME)
+RUN_NAME = "run.json"  # says whose folder it is, from the start of a run on
 KEEP = 2  # checkpoints of a run
-STOP = (signal.SIGTERM, signal.SIGINT)
 
 # ---------------------------------------------------------------------------------------------------- reading
 
@@ -84,9 +105,18 @@ def newest_weights(runs: Path = Path("runs")) -> Path:
     return max(found, key=lambda c: (c / METADATA_NAME).stat().st_mtime, default=SHIPPED)
 
 
+def known_weights(runs: Path = Path("runs")) -> list[Path]:
+    """The runs that have a checkpoint, and the weights that ship."""
+    return [*sorted(run for run in runs.glob("*/") if checkpoints(run)), SHIPPED]
+
+
 def load_metadata(folder: Path) -> dict:
     """What is noted beside weights. Raises InputError."""
-    metadata = check_fields(load_json(path := folder / METADATA_NAME), METADATA, path)
+    path = folder / METADATA_NAME
+    if not os.path.lexists(path):
+        known = [str(found) for found in known_weights()]
+        raise InputError(f"{path}: no such file{did_you_mean(str(folder), known)}")
+    metadata = check_fields(load_json(path), METADATA, path)
     if metadata["model"] not in PRESETS:
         raise InputError(
             f"{path}, model: expected one of {', '.join(PRESETS)}, got {shown(metadata['model'])}"
@@ -145,30 +175,10 @@ def fingerprint(folder: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def write_whole(path: Path, content: bytes):
-    """Write a file under a temporary name and rename it, so that it is never there in part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_picture(path: Path, image: torch.Tensor):
     """Write a picture, uint8 [3, H, W] on the CPU, as PNG."""
     to_pil_image(image).save(content := io.BytesIO(), "PNG")
     write_whole(path, content.getvalue())
-
-
-def flush(path: Path):
-    """Have the system put a file or folder on the disk, so that a power cut leaves it whole."""
-    if os.name == "posix":  # others open no folder
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def in_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -188,37 +198,72 @@ def all_finite(tensors: list[torch.Tensor]) -> bool:
 def write_weights(
     folder: Path, model: ConditionalUNet, noise_scheduler: DDPMScheduler, metadata: dict, training=None
 ):
-    """Write weights under a temporary name, metadata last, and rename them. `training`: file name -> tensors.
+    """Write weights under a temporary name, metadata last, and rename them; a folder of that name goes.
+    `training`: file name -> tensors.
 
     Raises InputError if the disk is full; then, as whenever this is cut off, older weights are still there.
     """
-    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
-    shutil.rmtree(temporary, ignore_errors=True)
+    folder = folder.resolve()  # of a link what it leads to
+    temporary = temporary_beside(folder)
+    new, old = temporary / "new", temporary / "old"
     try:
-        model.save_config(temporary / "unet")  # with the next line what save_pretrained writes
-        save_file(in_order(model.state_dict()), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        noise_scheduler.save_pretrained(temporary / "scheduler")
+        model.save_config(new / "unet")  # with the next line what save_pretrained writes
+        save_file(in_order(model.state_dict()), new / WEIGHTS_NAME, metadata={"format": "pt"})
+        noise_scheduler.save_pretrained(new / "scheduler")
         for name, tensors in (training or {}).items():
-            (temporary / "training").mkdir(exist_ok=True)
-            save_file(in_order(tensors), temporary / "training" / f"{name}.safetensors")
-        for path in temporary.rglob("*"):
+            (new / "training").mkdir(exist_ok=True)
+            save_file(in_order(tensors), new / "training" / f"{name}.safetensors")
+        for path in new.rglob("*"):
             flush(path)
-        (temporary / METADATA_NAME).write_text(json.dumps(metadata, indent=1) + "\n")
-        flush(temporary / METADATA_NAME)
-        flush(temporary)
+        (new / METADATA_NAME).write_text(json.dumps(metadata, indent=1) + "\n")
+        flush(new / METADATA_NAME)
+        flush(new)
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
-        os.replace(temporary, folder)
+        os.replace(new, folder)
         flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be written ({' '.join(str(error).split())})") from None
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_other_weights(folder: Path):
+    """Raise InputError if `folder` holds anything but weights to ship, which may be written anew."""
+    metadata = folder / METADATA_NAME
+    is_ours = metadata.is_file() and check_fields(load_json(metadata), METADATA, metadata)
+    refuse_foreign(folder, bool(is_ours), METADATA_NAME)
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if name not in SHIPPED_FILES and name not in ("unet", "scheduler"):
+            raise InputError(f"{folder}: holds {name}, which would be lost; choose another folder")
 
 
 # ------------------------------------------------------------------------------------------------------- runs
+
+
+def refuse_other_run(run: Path):
+    """Raise InputError if the folder `run` holds anything, and not what train.py left there."""
+    path = run / RUN_NAME
+    is_ours = bool(checkpoints(run))
+    if not is_ours and path.is_file():
+        found = load_json(path)
+        is_ours = isinstance(found, dict) and {"id", "recipe"} <= found.keys()
+    refuse_foreign(run, is_ours, f"{RUN_NAME} or a checkpoint of train.py")
+
+
+def begin(run: Path, metadata: dict) -> str:
+    """Note in the folder of a run whose it is; returns the run's id, the same whenever it goes on."""
+    path = run / RUN_NAME
+    if path.is_file():
+        found = load_json(path)
+        if found.get("recipe") == metadata["recipe"]:
+            return str(found["id"])
+    run_id = secrets.token_hex(4)
+    write_json(path, {"id": run_id, "model": metadata["model"], "recipe": metadata["recipe"]})
+    return run_id
 
 
 def save(run: Path, model, ema_model, optimizer, noise_scheduler: DDPMScheduler, metadata: dict):
@@ -235,11 +280,11 @@ def save(run: Path, model, ema_model, optimizer, noise_scheduler: DDPMScheduler,
     written = [*training.values(), ema_model.state_dict()]
     if not all_finite([tensor for tensors in written for tensor in tensors.values()]):
         raise InputError(f"{run}: numbers that are not finite after step {metadata['step']}, not saved")
-    for left in run.glob("checkpoint-*.tmp"):  # by a run that was killed
-        shutil.rmtree(left)
+    remove_temporaries(run)
     write_weights(run / f"checkpoint-{metadata['step']:07d}", ema_model, noise_scheduler, metadata, training)
     for old in checkpoints(run)[:-KEEP]:
-        os.replace(old, gone := old.with_name(old.name + ".tmp"))  # at once, while removing takes its time
+        gone = temporary_beside(old)
+        os.replace(old, gone)  # at once, while removing takes its time
         shutil.rmtree(gone)
 
 
@@ -305,35 +350,18 @@ def open_log(path: Path, step: int):
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keep others out of `folder`, made if need be. Raises InputError if one is in there.
-
-    The system drops the lock of a process that ends, however it does.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        held.acquire()
-    except filelock.Timeout:
-        raise InputError(
-            f"{folder}: another process is at work in there; wait for it or choose --out"
-        ) from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # where an open file cannot be removed filelock does it
-            (folder / ".lock").unlink()
-        held.release()
-
-
-@contextlib.contextmanager
 def clean_stop(processes: int) -> Iterator[list[int]]:
-    """Within it SIGTERM and Ctrl-C only join the list of signals, for a loop to look at and end by itself.
+    """Within it Ctrl-C and the signals by which systems end a command (SIGTERM, a closed terminal's SIGHUP,
+    Slurm's SIGUSR1) only join the list of signals, for a loop to look at and end by itself.
 
     A Ctrl-C after that ends the process at once. Not one of several `processes`: their launcher passes on
     what the terminal has sent them already, and ends them itself when it is asked again.
     """
     received: list[int] = []
+    numbers = handled([*STOP, signal.SIGINT])
+    if not numbers:  # outside of the main thread, where Python allows no handlers
+        yield received
+        return
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
 
@@ -341,12 +369,13 @@ def clean_stop(processes: int) -> Iterator[list[int]]:
         with ours:
             while content := ours.recv(1):
                 number = content[0]
-                received.extend({number}.intersection(STOP))
+                if number in numbers:
+                    received.append(number)
                 if processes == 1 and number == signal.SIGINT and len(received) > 1:
                     os._exit(130)
 
     threading.Thread(target=watch, daemon=True).start()
-    before = {number: signal.signal(number, lambda *_: None) for number in STOP}
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     before_descriptor = signal.set_wakeup_fd(theirs.fileno())
     try:
         yield received
@@ -357,56 +386,12 @@ def clean_stop(processes: int) -> Iterator[list[int]]:
         theirs.close()
 
 
-# ------------------------------------------------------------------------------------------- painted pictures
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a picture can be read."""
-    try:
-        read_picture(path)
-    except InputError:
-        return False
-    return True
-
-
-def missing_pictures(folder: Path, count: int) -> list[int]:
-    """Which of `0.png` to `count - 1.png` are not in `folder`, or not whole."""
-    return [i for i in range(count) if not is_whole(folder / f"{i}.png")]
-
-
-def start_list(folder: Path, settings: dict) -> dict:
-    """Make `folder` ready for pictures painted by `settings`, which are stored in `<folder>.json`.
-
-    Pictures painted by these very settings stay, others that sample.py left there go. Returns what is stored:
-    more than `settings` if the pictures were all there before, and scored.
-    """
-    report, grid = folder.with_suffix(".json"), folder.with_suffix(".png")
-    settings = json.loads(json.dumps(settings))  # tuples are lists there
-    try:
-        stored = load_json(report)
-    except InputError:
-        stored = None
-    if not isinstance(stored, dict):
-        stored = {}
-    differ = [name for name, value in settings.items() if stored.get(name) != value]
-    wanted = set() if differ else {f"{i}.png" for i in range(settings["num_images"])}
-    if differ:
-        if stored:
-            print(f"{folder}: painted anew, as these differ from before: {', '.join(differ)}")
-        for path in (report, grid):  # the report first: without it no picture counts
-            path.unlink(missing_ok=True)
-    for path in [*folder.glob("*.png"), *folder.glob(".*.png.tmp")]:
-        if re.fullmatch(r"\d+\.png|\.\d+\.png\.tmp", path.name) and path.name not in wanted:
-            path.unlink()
-    if differ:
-        write_whole(report, (json.dumps(settings, indent=1) + "\n").encode())
-        return settings
-    return stored
-
-
 @command
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
+    if args.out.resolve() == newest(args.source).resolve():
+        raise InputError(f"{args.out}: is what would be read; choose another folder")
+    refuse_other_weights(args.out)
     model, noise_scheduler, metadata = load_weights(args.source)
     metadata["sampling"] = PRESETS[metadata["model"]]["sampling"]  # it may have been chosen after training
     metadata.pop("losses", None)  # of the steps after the last line in the log

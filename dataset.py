@@ -3,11 +3,9 @@
 Pictures are squashed to 64x64 without crop or padding: both would lose objects that the label names.
 """
 
-import collections
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -21,8 +19,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from commands import ROOT, InputError, shown
+from commands import ROOT, InputError, did_you_mean, shown
+from files import load_json, parse_json, temporary_beside, text_sha256
 
 IMAGE_SIZE = 64
 NUM_OBJECTS = 24
@@ -36,44 +36,6 @@ HELD_OUT = ROOT / "held_out.npz"  # others of the first 700 scenes of the same l
 
 
 # ------------------------------------------------------------------------------------------------ label files
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        [(name, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{shown(name)} stands there twice")
-    return result
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:40]} is no finite number")
-    return value
-
-
-def load_json(path: Path | str):
-    """Parse a JSON file. Raises InputError if it is missing or what `parse_json` refuses."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a valid JSON file: {error}") from None
-    return parse_json(text, path)
-
-
-def parse_json(text: str, path: Path | str):
-    """Parse the JSON text of the file `path`. Raises InputError if it is cut off, repeats a key, or holds NaN
-    or an infinite number."""
-    hooks = {"object_pairs_hook": _no_duplicates, "parse_float": _finite, "parse_constant": _finite}
-    try:
-        return json.loads(text, **hooks)
-    except json.JSONDecodeError as error:
-        where = f"at character {error.pos} of {len(error.doc)}"
-        raise InputError(f"{path}: not valid JSON {where}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a valid JSON file: {error}") from None
 
 
 def load_objects(path: Path | str = ROOT / "objects.json") -> dict[str, int]:
@@ -90,23 +52,14 @@ def load_objects(path: Path | str = ROOT / "objects.json") -> dict[str, int]:
     return {name: int(index) for name, index in objects.items()}
 
 
-def check_fields(found, kinds: dict[str, type], path: Path | str) -> dict:
-    """Return `found`, read from `path`, if it has a value of each kind, ints and floats not negative. Raises
-    InputError."""
-    for name, kind in kinds.items():
-        value = found.get(name) if isinstance(found, dict) else found
-        if type(value) is not kind or kind in (int, float) and value < 0:
-            raise InputError(f"{path}, {name}: expected {kind.__name__}, got {shown(value)}")
-    return found
-
-
 def check_condition(condition, objects: dict[str, int], where: str) -> list[str]:
     """Return `condition` if it lists 1 to 5 different known names, else raise InputError with `where`."""
     if not isinstance(condition, list) or not 1 <= len(condition) <= MAX_OBJECTS:
         raise InputError(f"{where}: expected a list of 1 to {MAX_OBJECTS} objects, got {shown(condition)}")
     for name in condition:
         if not isinstance(name, str) or name not in objects:
-            raise InputError(f"{where}: unknown object {shown(name)}, expected a name from objects.json")
+            nearest = did_you_mean(str(name), objects, otherwise=", expected a name from objects.json")
+            raise InputError(f"{where}: unknown object {shown(name)}{nearest}")
         if condition.count(name) > 1:
             raise InputError(f"{where}: {shown(name)} stands there twice, expected different objects")
     return condition
@@ -200,10 +153,6 @@ def split_by_scene(filenames: list[str], held_out: float, seed: int) -> tuple[li
 # --------------------------------------------------------------------------------------------------- pictures
 
 
-def file_sha256(path: Path | str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def read_picture(path: Path) -> torch.Tensor:
     """Decode an RGB or RGBA PNG of any size, squashed to uint8 [3, 64, 64]. Raises InputError.
 
@@ -263,7 +212,7 @@ def check_manifest(manifest, where: Path, labels_path: Path) -> int:
         made_from, done = None, -1
     if done < 0:
         raise InputError(f"{where}: not a manifest of render.py; render into another folder")
-    if made_from != file_sha256(labels_path):
+    if made_from != text_sha256(labels_path):
         raise InputError(
             f"{where}: these pictures were rendered from another label file than {labels_path} (SHA-256 "
             f"differs); render its own with `python render.py --labels {labels_path} --out DIR` and give "
@@ -303,8 +252,10 @@ def load_pictures(folder: Path, filenames: list[str]) -> torch.Tensor:
     except (OSError, SafetensorError):
         pass  # none yet, or cut off: it is made anew
     with ThreadPoolExecutor() as pool:
-        images = torch.stack(list(pool.map(lambda f: read_picture(folder / f), filenames)))
-    temporary = cache.with_suffix(f".{os.getpid()}")
+        pictures = pool.map(lambda f: read_picture(folder / f), filenames)
+        bar = tqdm(pictures, f"reading {folder}", len(filenames), unit="picture", delay=1, leave=False)
+        images = torch.stack(list(bar))
+    temporary = temporary_beside(cache)
     try:
         save_file({"images": images}, temporary, metadata={"key": key.hexdigest()})
         os.replace(temporary, cache)
@@ -336,7 +287,7 @@ def save_pack(path: Path, data: "ICLEVRDataset", manifest: dict):
         "objects": np.array(sorted(data.objects, key=data.objects.get)),
         "manifest": np.array(json.dumps(manifest)),
     }
-    temporary = path.with_suffix(".tmp")
+    temporary = temporary_beside(path)
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as file:  # np.savez knows deflate alone
             for name, array in arrays.items():
@@ -345,6 +296,15 @@ def save_pack(path: Path, data: "ICLEVRDataset", manifest: dict):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_pack(path: Path) -> bool:
+    """Whether a file is one that `save_pack` wrote."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return {"differences.npy", "manifest.npy"} <= set(file.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def load_pack(
@@ -377,11 +337,6 @@ def load_pack(
     for scene in images:
         np.cumsum(scene, axis=2, dtype=np.uint8, out=scene)
     return torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2), manifest, present
-
-
-def default_data() -> Path:
-    """`iclevr/` of the working directory if it is there, else the pictures that ship."""
-    return Path("iclevr") if os.path.lexists("iclevr") else PACK
 
 
 class ICLEVRDataset(Dataset):
@@ -431,3 +386,21 @@ class ICLEVRDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return to_float(self.images[index]), self.labels[index]
+
+
+def load_data(source: Path | None, labels_path: Path, objects: dict[str, int]) -> tuple[ICLEVRDataset, Path]:
+    """The pictures to train on, and where they are: `source`, or without one `iclevr/` of the working
+    directory, or where there is none the pack that ships.
+
+    Raises InputError as `ICLEVRDataset` does, and if without `source` only a part of iclevr/ is rendered.
+    """
+    found = source
+    if not found:
+        found = Path("iclevr") if os.path.lexists("iclevr") else PACK
+    data = ICLEVRDataset(found, labels_path, objects)
+    if not source and found != PACK and len(data) < data.total:
+        raise InputError(
+            f"{found}: only {len(data):,} of {data.total:,} pictures are rendered; render the rest by "
+            f"`python render.py`, or give --data {found} for those there are, or --data {PACK} for the pack"
+        )
+    return data, found

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch import nn
 
-from commands import InputError
+from commands import InputError, shown
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's names
 
@@ -21,9 +21,42 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  #
 COMPILE_FROM = 12_000
 
 
+# Ways of accelerate to train that this project has not. Each is switched on by a variable, which `accelerate
+# launch` sets from its configuration file.
+_SWITCHES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+_SWITCHES += ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER")
+_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def check_environment():
+    """Raise InputError if a variable asks for what no command does, or describes processes in part."""
+    for name in _SWITCHES:
+        if parse_flag_from_env(name):
+            raise InputError(
+                f"{name} is set: that is not supported; unset it, or run `accelerate config` anew"
+            )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise InputError(f"ACCELERATE_DYNAMO_BACKEND is {backend}: compiling is chosen by itself; unset it")
+    if "ACCELERATE_TORCH_DEVICE" in os.environ:
+        raise InputError("ACCELERATE_TORCH_DEVICE is set: choose a GPU by CUDA_VISIBLE_DEVICES; unset it")
+    given = [name for name in _RANKS if os.environ.get(name, "-1") != "-1"]
+    missing = [name for name in (*_RANKS, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if given and missing:
+        raise InputError(
+            f"{', '.join(given)} is set but not {', '.join(missing)}: start several processes by torchrun or "
+            f"accelerate launch, or unset it"
+        )
+    for name in given:
+        if not os.environ[name].isdecimal():
+            raise InputError(f"{name}: expected a number, got {shown(os.environ[name])}")
+
+
 def join_processes() -> PartialState:
     """The devices and processes there are. Those that `accelerate launch` or `torchrun` started are joined,
-    by NCCL on GPUs and by gloo without. Raises InputError where accelerate did not start those asked for."""
+    by NCCL on GPUs and by gloo without. Raises InputError where accelerate did not start those asked for, and
+    as `check_environment`."""
+    check_environment()
     is_cpu_asked_for = parse_flag_from_env("ACCELERATE_USE_CPU")  # accelerate launch --cpu
     processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 0)
     if is_cpu_asked_for and "MASTER_ADDR" in os.environ and not processes:
@@ -35,7 +68,16 @@ def join_processes() -> PartialState:
 
 
 def new_accelerator(**options) -> Accelerator:
-    """An Accelerator with these options, whatever one made before in this process (a notebook) was given."""
+    """An Accelerator with these options, whatever one made before in this process (a notebook) was given.
+
+    Raises InputError if the environment, which accelerate would listen to, asks for other accumulation.
+    """
+    name, steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", options.get("gradient_accumulation_steps", 1)
+    if os.environ.get(name, str(steps)) != str(steps):
+        raise InputError(
+            f"{name} is {shown(os.environ[name])}, but --grad-accum of the command line decides ({steps} "
+            f"here); unset it"
+        )
     AcceleratorState._reset_state()
     GradientState._reset_state()
     return Accelerator(**options)
@@ -66,28 +108,36 @@ class Setup:
 
 
 def choose_precision(device: torch.device, asked: str | None) -> tuple[str, str]:
-    """The precision of autocast, "no", "fp16" or "bf16", and why: as asked, else the fastest that is safe.
+    """The precision of autocast, "no", "fp16" or "bf16", and why: as asked, by the command line or else by
+    `accelerate launch --mixed_precision`, else the fastest that is safe.
 
     Raises InputError for one that is slow on this processor.
     """
+    source, why_asked = "--mixed-precision", "asked for"
+    name = "ACCELERATE_MIXED_PRECISION"  # which the launcher sets to "no" where nothing was asked for
+    if not asked and os.environ.get(name, "no") != "no":
+        asked = os.environ[name]
+        source, why_asked = name, f"asked for by {name}"
+        if asked not in DTYPES:
+            raise InputError(f"{name}: expected one of {', '.join(DTYPES)}, got {shown(asked)}")
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()  # AVX512 wherever there is AMX
         if asked == "fp16":
-            raise InputError("--mixed-precision fp16: is for GPUs without bf16; this is a CPU")
+            raise InputError(f"{source} fp16: is for GPUs without bf16; this is a CPU")
         if asked == "bf16" and "AVX512" not in capability:
             raise InputError(
-                f"--mixed-precision bf16: 40 to 500 times slower on this processor, which has neither AVX512 "
-                f"nor AMX but {capability}"
+                f"{source} bf16: 40 to 500 times slower on this processor, which has neither AVX512 nor AMX "
+                f"but {capability}"
             )
         if asked:
-            return asked, "asked for"
+            return asked, why_asked
         # AVX512 alone is not enough: without instructions for bf16 it is no faster than fp32.
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if has_bf16 and "AVX512" in capability:
             return "bf16", "the processor has instructions for it"
         return "no", "the processor has no instructions for bf16"
     if asked:
-        return asked, "asked for"
+        return asked, why_asked
     if device.type != "cuda":
         return "no", f"{device.type} is untested"
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -103,8 +153,9 @@ def compiler_trouble(device: torch.device, mode: str = "default") -> str | None:
     Tried on a function of one line, forward and backward, three times: CUDA graphs are recorded in the second
     and replayed in the third.
     """
-    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        return "TORCH_COMPILE_DISABLE is set"
+    for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+        if os.environ.get(name) == "1":
+            return f"{name} is set"
     try:
         weight = torch.ones(8, device=device, requires_grad=True)
         compiled = torch.compile(lambda x, weight: (x * weight).sin().sum(), mode=mode)

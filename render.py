@@ -18,19 +18,30 @@ import argparse
 import os
 from pathlib import Path
 
-from commands import ROOT, InputError, Parser, command, number
+from commands import (
+    ROOT,
+    InputError,
+    Parser,
+    command,
+    number,
+    read_early,
+    shown,
+    signals_interrupt,
+    to_path,
+    to_seed,
+)
 
 SAMPLES = 24  # light paths per pixel: grain below 2 grey levels on objects, 0.7 on the ground
 FILM_SIZES = {"64x64": (128, 96), "320x240": (320, 240)}  # 64x64 is squashed from 4:3, as the original is
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description="Draw i-CLEVR label files and render their pictures with Mitsuba 3.")
     parser.add_argument(
-        "--labels", type=Path, default=ROOT / "train.json", help="label file (default: train.json)"
+        "--labels", type=to_path, default=ROOT / "train.json", help="label file (default: train.json)"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder to write to (default: iclevr; --make-labels: this one)"
+        "--out", type=to_path, help="folder to write to (default: iclevr; --make-labels: this one)"
     )
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="the first N scenes alone")
     parser.add_argument("--size", choices=FILM_SIZES, default="64x64", help="pixels (default: %(default)s)")
@@ -38,7 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--samples", type=number(int, 1), default=SAMPLES, help="light paths per pixel (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of places, lamps and labels (default: %(default)s)"
+        "--seed", type=to_seed, default=0, help="of places, lamps and labels (default: %(default)s)"
     )
     parser.add_argument(
         "--workers", type=number(int, 1), default=os.cpu_count(), help="processes (default: all cores)"
@@ -57,7 +68,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+    read_early(parse_args)
 
 import importlib.metadata
 import io
@@ -75,13 +86,13 @@ from dataset import (
     MANIFEST_NAME,
     MAX_OBJECTS,
     ICLEVRDataset,
-    file_sha256,
-    load_json,
+    is_pack,
     load_labels,
     load_objects,
     save_pack,
     scene_of,
 )
+from files import contents, load_json, text_sha256, write_json
 
 SHAPES = ("cube", "sphere", "cylinder")
 COLORS = {  # sRGB numbers that CLEVR hands to Blender as if they were linear
@@ -464,10 +475,6 @@ def render_scene(job: tuple[str, list[str], list[int]]) -> list[bytes]:
     return files
 
 
-def stop(*_):
-    raise KeyboardInterrupt
-
-
 def group_scenes(labels: dict[str, list[str]], path: Path) -> dict[str, list[str]]:
     """Scene name -> its file names, in file order. Raises InputError if its label lists are not nested."""
     scenes: dict[str, list[str]] = {}
@@ -486,12 +493,23 @@ def scene_job(name: str, filenames: list[str], labels: dict[str, list[str]]) -> 
     return name, max((labels[f] for f in filenames), key=len), [len(labels[f]) for f in filenames]
 
 
+def refuse_others(out: Path, labels_path: Path):
+    """Raise InputError if `out` holds anything that render.py did not make, but for the label file itself."""
+    found = set(contents(out))
+    if MANIFEST_NAME in found:
+        return
+    if labels_path.resolve().parent == out.resolve():
+        found.discard(labels_path.name)
+    if found:
+        raise InputError(
+            f"{out}: holds files that render.py did not make ({shown(min(found))}); choose another --out"
+        )
+
+
 def open_manifest(out: Path, wanted: dict) -> dict:
     """The manifest of `out`, new or to go on with. Raises InputError if `out` holds any other set."""
     path = out / MANIFEST_NAME
     if not path.exists():
-        if out.is_dir() and any(p.suffix.lower() in (".png", ".jpg") for p in out.iterdir()):
-            raise InputError(f"{out}: holds pictures that render.py did not make; choose another --out")
         return wanted | {"scenes_done": 0}
     manifest = load_json(path)
     for key, value in wanted.items():
@@ -499,12 +517,6 @@ def open_manifest(out: Path, wanted: dict) -> dict:
         if found != value and key != "labels":
             raise InputError(f"{path}: {key} is {found}, this run's is {value}; choose another --out")
     return manifest
-
-
-def write_manifest(out: Path, manifest: dict):
-    temporary = out / f"{MANIFEST_NAME}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    os.replace(temporary, out / MANIFEST_NAME)
 
 
 def mitsuba_version() -> str:
@@ -527,7 +539,11 @@ def render_scenes(jobs: list[tuple[str, list[str], list[int]]], options: dict, w
 
 def pack(out: Path, labels_path: Path, objects: dict[str, int], limit: int | None):
     """Write the whole set in `out`, or its first `limit` scenes, to `out`.npz."""
-    manifest = open_manifest(out, {"labels_sha256": file_sha256(labels_path)})
+    refuse_others(out, labels_path)
+    manifest = open_manifest(out, {"labels_sha256": text_sha256(labels_path)})
+    path = out.with_name(f"{out.name}.npz")
+    if path.exists() and not is_pack(path):
+        raise InputError(f"{path}: there already, and no pack of render.py; choose another --out")
     data = ICLEVRDataset(out, labels_path, objects)
     if manifest["scenes_done"] != limit and len(data) < data.total:
         raise InputError(
@@ -536,7 +552,6 @@ def pack(out: Path, labels_path: Path, objects: dict[str, int], limit: int | Non
         )
     if manifest.get("options", {}).get("size") != "64x64":
         raise InputError(f"{out}: expected pictures rendered at 64x64")
-    path = out.with_name(f"{out.name}.npz")
     save_pack(path, data, manifest)
     print(f"{path}: {len(data):,} pictures, {path.stat().st_size / 1e6:.1f} MB")
 
@@ -578,24 +593,27 @@ def main(argv: list[str] | None = None):
         return verify(out.with_name(f"{out.name}.npz"), args.labels, args.limit or 20, args.workers, objects)
     if args.random_scenes:
         args.labels = out / "labels.json"
+    refuse_others(out, args.labels)
+    if args.random_scenes:
         write_new({args.labels: random_labels(args.random_scenes, args.seed)})
     labels = load_labels(args.labels, objects)
     scenes = group_scenes(labels, args.labels)
     options = {"size": args.size, "samples": args.samples, "seed": args.seed, "mitsuba": mitsuba_version()}
-    wanted = {"labels": args.labels.name, "labels_sha256": file_sha256(args.labels), "options": options}
+    wanted = {"labels": args.labels.name, "labels_sha256": text_sha256(args.labels), "options": options}
     manifest = open_manifest(out, wanted)
     out.mkdir(parents=True, exist_ok=True)
-    write_manifest(out, manifest)
+    write_json(out / MANIFEST_NAME, manifest)
 
     todo = list(scenes.items())[manifest["scenes_done"] : args.limit]
     jobs = [scene_job(name, filenames, labels) for name, filenames in todo]
-    signal.signal(signal.SIGTERM, stop)
+    rendered = render_scenes(jobs, options, args.workers)
     try:
-        for (_, filenames), pictures in zip(todo, render_scenes(jobs, options, args.workers), strict=True):
-            for filename, data in zip(filenames, pictures, strict=True):
-                (out / filename).write_bytes(data)
-            manifest["scenes_done"] += 1
-            write_manifest(out, manifest)
+        with signals_interrupt():
+            for (_, filenames), pictures in zip(todo, rendered, strict=True):
+                for filename, data in zip(filenames, pictures, strict=True):
+                    (out / filename).write_bytes(data)
+                manifest["scenes_done"] += 1
+                write_json(out / MANIFEST_NAME, manifest)
     except KeyboardInterrupt:
         print(
             f"stopped after {manifest['scenes_done']} of {len(scenes)} scenes; the same command goes on",

@@ -11,24 +11,24 @@ as images/best_of_4/test) a row each in the table of scores. `benchmarks/page.sh
 import argparse
 from pathlib import Path
 
-from commands import ROOT, InputError, Parser, command
+from commands import ROOT, InputError, Parser, command, read_early, to_path
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description="One page about samples on disk: what is wrong in them, scores, likeness.")
     add = parser.add_argument
-    add("images", type=Path, nargs="?", default=Path("images"),
+    add("images", type=to_path, nargs="?", default=Path("images"),
         help="folder that sample.py wrote to (default: %(default)s)")  # fmt: skip
-    add("--out", type=Path, help="page to write (default: IMAGES/report.html)")
-    add("--data", type=Path, help="training pictures (default: iclevr/, else the pack that ships)")
-    add("--labels", type=Path, default=ROOT / "train.json", help="theirs (default: train.json)")
-    add("--held-out", type=Path, help="renders of the same labels, not trained on (default: held_out.npz)")
-    add("--figures", type=Path, nargs="+", default=[], help="PNG files to put on the page as well")
+    add("--out", type=to_path, help="page to write (default: IMAGES/report.html)")
+    add("--data", type=to_path, help="training pictures (default: iclevr/, else the pack that ships)")
+    add("--labels", type=to_path, default=ROOT / "train.json", help="theirs (default: train.json)")
+    add("--held-out", type=to_path, help="renders of the same labels, not trained on (default: held_out.npz)")
+    add("--figures", type=to_path, nargs="+", default=[], help="PNG files to put on the page as well")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+    read_early(parse_args)
 
 import base64
 import collections
@@ -47,13 +47,15 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
+from tqdm import tqdm
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from checkpoint import METADATA_NAME, newest, write_whole
-from dataset import HELD_OUT, ICLEVRDataset, default_data, load_json, load_objects
+from checkpoint import METADATA_NAME, newest
+from dataset import HELD_OUT, ICLEVRDataset, load_data, load_objects
 from evaluator import evaluation_model
+from files import load_json, write_whole
 from judge import count_colours, find_objects
 from metrics import (
     Judged,
@@ -73,6 +75,7 @@ from metrics import (
     spread,
 )
 
+TITLE = b"<title>i-CLEVR samples</title>"  # of every page, in report.jinja
 SHOWN = 12  # pictures of a kind, where there may be many
 FIRST = ("test", "new_test", "unseen", "validation")  # the order of sections
 plt.rcParams |= {"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
@@ -311,7 +314,10 @@ def likeness_section(
 
 def sample_folders(images: Path) -> list[Path]:
     """The folders of pictures with a report beside them in `images` and one level below, in order."""
-    found = [path.with_suffix("") for path in [*images.glob("*.json"), *images.glob("*/*.json")]]
+    found = [
+        path.with_name(path.name.removesuffix(".json"))
+        for path in [*images.glob("*.json"), *images.glob("*/*.json")]
+    ]
     found = [folder for folder in found if folder.is_dir()]
     order = {name: i for i, name in enumerate(FIRST)}
     return sorted(found, key=lambda f: (f.parent != images, f.parent, order.get(f.name, len(FIRST)), f.name))
@@ -348,9 +354,11 @@ def versions() -> dict[str, str]:
 def build(images: Path, held_out: ICLEVRDataset | None, training: Callable[[], ICLEVRDataset]) -> dict:
     """All that the page says of the samples in `images`; `training` loads what they are compared with, if
     they are. Raises InputError."""
-    samples = {f.relative_to(images).as_posix(): load_samples(f) for f in sample_folders(images)}
-    if not samples:
+    folders = sample_folders(images)
+    if not folders:
         raise InputError(f"{images}: no samples; make some with `python sample.py --mode test new_test`")
+    bar = tqdm(folders, "judging", unit="list", leave=False)
+    samples = {folder.relative_to(images).as_posix(): load_samples(folder) for folder in bar}
     objects, reports = load_objects(), [report for report, _ in samples.values()]
     names, evaluator = sorted(objects, key=objects.get), evaluation_model(reports[0]["evaluator"])
     scored = {name: found for name, found in samples.items() if name != "train"}
@@ -387,14 +395,20 @@ def build(images: Path, held_out: ICLEVRDataset | None, training: Callable[[], I
     return page
 
 
+def refuse_other_page(path: Path):
+    """Raise InputError if there is a file at `path` that is no page of report.py."""
+    if os.path.lexists(path) and TITLE not in path.read_bytes()[:1000]:
+        raise InputError(f"{path}: there already, and no page of report.py; choose another --out")
+
+
 @command
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    args.data = args.data or default_data()
     out, objects = args.out or args.images / "report.html", load_objects()
+    refuse_other_page(out)
     figures = {path.stem: file_url(path) for path in args.figures}
     held_out = load_held_out(args.held_out, args.labels, objects)
-    page = build(args.images, held_out, lambda: ICLEVRDataset(args.data, args.labels, objects))
+    page = build(args.images, held_out, lambda: load_data(args.data, args.labels, objects)[0])
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((ROOT / "report.jinja").read_text(encoding="utf-8"))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,31 +10,40 @@ accelerate launch sample.py --mode test --num-images 50000   # several GPUs: the
 import argparse
 from pathlib import Path
 
-from commands import ROOT, InputError, Parser, command, number
+from commands import (
+    ROOT,
+    InputError,
+    Parser,
+    command,
+    number,
+    read_early,
+    signals_interrupt,
+    to_path,
+    to_seed,
+)
 from options import PRECISIONS, RANGES, SAMPLERS
-
-PROCESS = ["red sphere", "cyan cylinder", "cyan cube"]  # what labs want to see come out of the noise
-STRIP = 10  # pictures of it
-CODE = ("sample.py", "sampling.py", "model.py", "device.py", "dataset.py")  # that decides about pictures
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description="Paint the scenes of label lists with a trained model and score them.")
     add = parser.add_argument
     add("--mode", required=True, nargs="+", help="test, new_test, validation, train, unseen (triples that "
         "occur nowhere in what the weights were trained on), files like test.json, or process: a picture "
         "coming out of the noise")  # fmt: skip
-    add("--objects", nargs="+", metavar="OBJECT", help=f"of process (default: {', '.join(PROCESS)})")
-    add("--weights", type=Path, help="folder (default: the newest run, else the weights that ship)")
-    add("--out", type=Path, default=Path("images"), help="folder to write to (default: %(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    add("--objects", nargs="+", metavar="OBJECT", help="of process (default: what labs ask for)")
+    add("--weights", type=to_path, help="folder (default: the newest run, else the weights that ship)")
+    add("--out", type=to_path, default=Path("images"), help="folder to write to (default: %(default)s)")
+    add("--overwrite", action="store_true", help="paint lists anew that are there with other settings")
+    add("--seed", type=to_seed, default=0, help="default: %(default)s")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--seeds", type=number(int, 1), default=1, metavar="N",
                         help="paint a list N times, with --seed and those after it (default: 1)")  # fmt: skip
     amount.add_argument("--num-images", type=number(int, 1), metavar="N", help="the same, up to N pictures")
     add("--batch-size", type=number(int, 1), help="pictures at a time (default: 64, on a CPU 16)")
     add("--mixed-precision", choices=PRECISIONS, help="default: what is fastest here")
-    add("--evaluator", type=Path, help="default: checkpoint.pth if it is there, else weights/evaluator.pth")
+    add(
+        "--evaluator", type=to_path, help="default: checkpoint.pth if it is there, else weights/evaluator.pth"
+    )
 
     group = parser.add_argument_group("sampling (defaults: what the weights were made for)")
     add, kinds = group.add_argument, {name: number(float, *RANGES[name]) for name in RANGES}
@@ -62,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+    read_early(parse_args)
 
 import contextlib
 import datetime
@@ -71,7 +80,6 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import torch
@@ -82,26 +90,16 @@ from checkpoint import (
     SHIPPED,
     fingerprint,
     load_weights,
-    lock,
-    missing_pictures,
     newest,
     newest_weights,
-    start_list,
     write_picture,
-    write_whole,
 )
-from dataset import (
-    check_condition,
-    file_sha256,
-    load_conditions,
-    load_objects,
-    multi_hot,
-    read_pictures,
-    to_uint8,
-)
+from dataset import load_objects, multi_hot, read_pictures, to_uint8
 from device import choose_precision, choose_setup, explained, join_processes, prepare
 from evaluator import evaluation_model
-from sampling import batch_size_for, paint
+from files import file_sha256, lock, write_json
+from lists import SAMPLING_VERSION, STRIP, PictureList, load_list
+from sampling import STOCHASTIC, batch_size_for, paint
 
 
 def describe(folder: Path, metadata: dict) -> str:
@@ -119,47 +117,6 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-@dataclass
-class PictureList:
-    """A label list to paint: its pictures go into the folder `target`, grid and report beside it."""
-
-    labels: str  # name of the label file
-    conditions: list[list[str]]
-    target: Path
-    places: list[tuple[int, int]]  # of each picture: seed, index of its condition
-    missing: set[int] = field(default_factory=set)  # pictures that are not there yet
-    report: dict = field(default_factory=dict)
-    frames: list[torch.Tensor] = field(default_factory=list)  # [3, 64, 64], of --mode process
-
-    @property
-    def is_process(self) -> bool:
-        return self.labels == "process"
-
-
-def load_list(mode: str, args: argparse.Namespace, unseen: list, objects: dict[str, int]) -> PictureList:
-    """The list that `mode` stands for. Raises InputError."""
-    path = Path(mode)
-    if mode == "process":
-        conditions = [check_condition(args.objects or PROCESS, objects, "--objects")]
-    elif mode == "unseen":
-        if not unseen:
-            raise InputError(f"{args.weights}: does not tell which triples it has not seen; train it anew")
-        where = f"{args.weights}, unseen, entry"
-        conditions = [check_condition(c, objects, f"{where} {i}") for i, c in enumerate(unseen)]
-    else:
-        known = ROOT / f"{mode}.json"
-        path = known if known.exists() else path
-        if (args.out / path.stem).with_suffix(".json").resolve() == path.resolve():
-            raise InputError(f"{path}: the report of this list would overwrite it; choose another --out")
-        conditions = load_conditions(path, objects)
-    # Picture i shows condition i % N, with the seed that follows for each time through the list.
-    amount = args.num_images or args.seeds * len(conditions)
-    if mode == "process":
-        amount = 1
-    places = [(args.seed + i // len(conditions), i % len(conditions)) for i in range(amount)]
-    return PictureList(path.name, conditions, args.out / path.stem, places)
-
-
 def batches_of(lists: list[PictureList], size: int) -> list[list[tuple[PictureList, int]]]:
     """All pictures in one queue, as (list, index), in batches of `size`, less those that are all there.
 
@@ -171,11 +128,13 @@ def batches_of(lists: list[PictureList], size: int) -> list[list[tuple[PictureLi
     return [batch for batch in batches if any(i in one.missing for one, i in batch)]
 
 
-def paint_batches(batches: list, size: int, painter, bar: tqdm):
+def paint_batches(batches: list, size: int, painter, begin, bar: tqdm):
     """Paint `batches_of` lists and write what was missing. `size`: what each is filled up to.
 
-    `painter(conditions, places, callback)` gives pictures [B, 3, 64, 64], as `sampling.paint` does.
+    `painter(conditions, places, callback)` gives pictures [B, 3, 64, 64], as `sampling.paint` does. `begin()`
+    is called once, before the first picture is written.
     """
+    has_begun = False
     for batch in batches:
         filled = batch + batch[-1:] * (size - len(batch))
         strips = [(place, one) for place, (one, _) in enumerate(batch) if one.is_process]
@@ -187,9 +146,14 @@ def paint_batches(batches: list, size: int, painter, bar: tqdm):
 
         conditions = [one.conditions[one.places[i][1]] for one, i in filled]
         images = painter(conditions, [one.places[i] for one, i in filled], callback=look)
+        if not has_begun:
+            begin()
+            has_begun = True
         for image, (one, i) in zip(to_uint8(images).cpu(), batch, strict=False):
             if i in one.missing and not one.is_process:
-                write_picture(one.target / f"{i}.png", image)
+                write_picture(one.picture_path(i), image)
+    if not has_begun:
+        begin()
 
 
 def strip(frames: list[torch.Tensor]) -> torch.Tensor:
@@ -213,48 +177,65 @@ def note_painting(one: PictureList, seconds: float):
     print(f"pictures: {one.target}/0.png to {len(one.places) - 1}.png ({how})")
 
 
-def score(evaluator: evaluation_model, target: Path, conditions: list[list[str]], report: dict):
-    """Score the pictures in `target`, write their report and the grid of the first of them beside it.
+def score(evaluator: evaluation_model, one: PictureList):
+    """Score the pictures of a list, write their report and the grid of the first of them.
 
     Scored are the pictures as written, so `python evaluator.py` on the folder gives the same digits. A list
     that was painted several times gives as many accuracies; a part of it at the end is not scored.
     """
-    pictures, labels = read_pictures(target, report["num_images"]), multi_hot(conditions, load_objects())
+    pictures = read_pictures(one.target, len(one.places))
+    labels = multi_hot(one.conditions, load_objects())
     accuracies, exact_sets = [], []
     for part in pictures.split(len(labels)):  # [N, 3, 64, 64]
         if len(part) == len(labels) or not accuracies:
             found = evaluator.judge(part)
             accuracies.append(evaluator.compute_acc(found, labels[: len(part)]))
             exact_sets.append(evaluator.exact_set(found, labels[: len(part)]))
-    write_picture(target.with_suffix(".png"), make_grid(pictures[: len(labels)], nrow=8))
+    write_picture(one.grid_path, make_grid(pictures[: len(labels)], nrow=8))
     mean, exact_set, runs = statistics.mean(accuracies), statistics.mean(exact_sets), len(accuracies)
     deviation = statistics.stdev(accuracies) if runs > 1 else None
     scores = {"accuracy": mean, "standard_deviation": deviation, "exact_set": exact_set}
     scores |= {"accuracies": accuracies, "exact_sets": exact_sets, "evaluator": str(evaluator.path)}
-    report = scores | {name: value for name, value in report.items() if name not in scores}
-    write_whole(target.with_suffix(".json"), (json.dumps(report, indent=1) + "\n").encode())
+    report = scores | {name: value for name, value in one.report.items() if name not in scores}
+    write_json(one.report_path, report)
 
-    print(f"grid: {target}.png, report: {target}.json")
+    print(f"grid: {one.grid_path}, report: {one.report_path}")
     spread = f" (mean of {runs} seeds, standard deviation {deviation:.4f})" if deviation is not None else ""
     by = ", guided by the evaluator: no measure of the model" if report.get("evaluator_scale") else ""
     print(f"accuracy: {mean:.4f}{spread}, exact set: {exact_set:.4f}{by}")
 
 
 @contextlib.contextmanager
-def ctrl_c_explained(lists: list[PictureList]):
-    """Say where a Ctrl-C ended the painting, and how it goes on."""
+def endings_explained(lists: list[PictureList], weights: Path):
+    """Say where Ctrl-C, or a signal of the system, ended the painting, and how it goes on; say which weights
+    give numbers that are no picture."""
     try:
-        yield
+        with signals_interrupt():
+            yield
     except KeyboardInterrupt:
         where = ", ".join(str(one.target) for one in lists)
         print(f"{where}: stopped; the same command paints what is missing", file=sys.stderr)
         raise SystemExit(130) from None
+    except FloatingPointError as error:
+        raise InputError(f"{weights}: {error}; of these pictures none is written") from None
+
+
+def claim(lists: list[PictureList], settings: dict, overwrite: bool, state, stack: contextlib.ExitStack):
+    """Lock the folders of the lists until `stack` ends, and find out what is missing. Raises InputError."""
+    if state.is_main_process:
+        for one in lists:
+            one.read_report()  # refuses before the lock makes a folder
+            if not one.is_process:
+                stack.enter_context(lock(one.target))
+    with state.main_process_first():  # so that a mistake is told once
+        for one in lists:
+            one.plan(settings, overwrite)
 
 
 def settings_of(
     args: argparse.Namespace, options: dict, size: int, metadata: dict, evaluator: evaluation_model, device
 ) -> dict:
-    """All that decides what the pictures of any list look like, beside its conditions, for the reports."""
+    """How the pictures of any list are painted, for the reports; lists.DECISIVE names what decides."""
     precision, _ = choose_precision(device, args.mixed_precision)
     settings = {
         "seed": args.seed,
@@ -266,14 +247,15 @@ def settings_of(
         "pictures_seen": metadata["pictures_seen"],
         "device": device_name(device),
         "weights_sha256": fingerprint(args.weights),
+        "sampling_version": SAMPLING_VERSION,
     }
+    if options["sampler"] in STOCHASTIC:  # each kind of device has random numbers of its own
+        settings["noise_from"] = device.type
     if args.best_of > 1:
         settings["best_of"] = args.best_of
         settings["lift_over"] = args.lift_over
     if options.get("evaluator_scale"):
         settings["evaluator_sha256"] = file_sha256(evaluator.path)
-    for name in CODE:
-        settings[f"{name}_sha256"] = file_sha256(ROOT / name)
     for name in ("torch", "diffusers"):
         settings[name] = version(name)
     return settings
@@ -300,20 +282,15 @@ def main(argv: list[str] | None = None):
     with contextlib.ExitStack() as stack:
         smaller = f"; try --batch-size {size // 2}" if size > 1 else ""
         stack.enter_context(explained(state.device, f"with --batch-size {size}{smaller}"))
-        stack.enter_context(ctrl_c_explained(lists))
-        for one in lists:
-            if one.is_process:
-                one.missing = {0}
-                continue
-            if is_main:
-                own = {"labels": one.labels, "num_images": len(one.places), "conditions": one.conditions}
-                stack.enter_context(lock(one.target))
-                one.report = start_list(one.target, own | settings)
-        state.wait_for_everyone()
-        for one in lists:
-            if not one.is_process:
-                one.missing = set(missing_pictures(one.target, len(one.places)))
-        state.wait_for_everyone()  # before the first writes one
+        stack.enter_context(endings_explained(lists, args.weights))
+        claim(lists, settings, args.overwrite, state, stack)
+
+        def begin():
+            state.wait_for_everyone()  # all have painted a batch, so nothing is lost where that fails
+            for one in lists if is_main else []:
+                one.begin()
+            state.wait_for_everyone()
+
         batches = batches_of(lists, size)
         mine = batches[state.process_index :: state.num_processes]
         passes = options["steps"] * args.best_of * len(mine)
@@ -329,19 +306,18 @@ def main(argv: list[str] | None = None):
         calls = (options["steps"] + 1) * args.best_of * len(mine)
         with tqdm(total=calls, unit="step", disable=not is_main, leave=False) as bar:
             # On a CPU no batch is filled up: that costs time, and nothing there wants batches of one size.
-            paint_batches(mine, 0 if state.device.type == "cpu" else size, painter, bar)
+            paint_batches(mine, 0 if state.device.type == "cpu" else size, painter, begin, bar)
         for one in lists:
             if one.frames:  # in the process that painted it, of the first candidate
-                one.target.parent.mkdir(parents=True, exist_ok=True)
-                write_picture(one.target.with_suffix(".png"), strip(one.frames[: options["steps"] + 1]))
+                write_picture(one.grid_path, strip(one.frames[: options["steps"] + 1]))
         state.wait_for_everyone()
         seconds = (time.perf_counter() - start) / max(1, sum(len(one.missing) for one in lists))
         for one in lists:
             if is_main and one.is_process:
-                print(f"process: {one.target}.png, {', '.join(one.conditions[0])}")
+                print(f"process: {one.grid_path}, {', '.join(one.conditions[0])}")
             elif is_main:
                 note_painting(one, seconds)
-                score(evaluator, one.target, one.conditions, one.report)
+                score(evaluator, one)
     state.destroy_process_group()
 
 

@@ -12,7 +12,7 @@ classifier-free guidance (arXiv 2207.12598).
 import argparse
 from pathlib import Path
 
-from commands import ROOT, InputError, Parser, command, number
+from commands import ROOT, InputError, Parser, command, number, read_early, to_path, to_seed
 from options import OPTIMIZERS, PRECISIONS, PRESETS
 
 
@@ -20,11 +20,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Train a conditional DDPM on i-CLEVR.")
     add = parser.add_argument_group("run").add_argument
     add("--model", choices=PRESETS, default="reference", help="preset (default: %(default)s)")
-    add("--data", type=Path, help="folder or .npz of pictures (default: iclevr/, else the pack that ships)")
-    add("--labels", type=Path, default=ROOT / "train.json", help="label file (default: train.json)")
-    add("--out", type=Path, help="folder of the run (default: runs/<model>)")
-    add("--init", type=Path, metavar="DIR", help="start from these weights and network, with a new optimizer")
-    add("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    add(
+        "--data", type=to_path, help="folder or .npz of pictures (default: iclevr/, else the pack that ships)"
+    )
+    add("--labels", type=to_path, default=ROOT / "train.json", help="label file (default: train.json)")
+    add("--out", type=to_path, help="folder of the run (default: runs/<model>)")
+    add(
+        "--init",
+        type=to_path,
+        metavar="DIR",
+        help="start from these weights and network, with a new optimizer",
+    )
+    add("--seed", type=to_seed, default=0, help="default: %(default)s")
     add("--dry-run", action="store_true", help="print what would be trained on what, and stop")
     add("--mixed-precision", choices=PRECISIONS, help="default: what is fastest here")
 
@@ -33,7 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-steps", type=number(int, 1), help="optimizer steps, in place of --epochs")
     add("--batch-size", type=number(int, 1), help="pictures at a time, over all processes")
     add("--grad-accum", type=number(int, 1), default=1, help="batches per step (default: 1)")
-    add("--learning-rate", type=number(float, 0))
+    add("--learning-rate", "--lr", type=number(float, 0))
     add("--lr-schedule", choices=("constant", "linear"), help="linear: down to 0 at the end")
     add("--warmup-steps", type=number(int, 0), help="linear warm-up of the learning rate")
     add("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: none")
@@ -54,7 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+    read_early(parse_args)
 
 import copy
 import functools
@@ -77,9 +84,8 @@ import checkpoint
 from dataset import (
     NUM_OBJECTS,
     ICLEVRDataset,
-    default_data,
-    file_sha256,
     load_conditions,
+    load_data,
     load_labels,
     load_objects,
     multi_hot,
@@ -89,6 +95,7 @@ from dataset import (
     unseen_triples,
 )
 from device import Setup, choose_setup, explained, join_processes, new_accelerator
+from files import lock, text_sha256
 from model import build
 from muon import Muon
 from sampling import generate, picture_seed
@@ -146,8 +153,10 @@ def announce(
     model: torch.nn.Module,
     setup: Setup,
     accelerator: Accelerator,
+    steps: int,
 ):
-    """Say what will be trained and how, and without CUDA how long that takes, measured on four pictures."""
+    """Say what will be trained and how, and without CUDA how long the `steps` that are left take, measured on
+    four pictures."""
     device, millions = accelerator.device, sum(p.numel() for p in model.parameters()) / 1e6
     of_all = "" if len(data) == data.total else f"of {data.total:,} "
     print(f"{args.model}: {millions:.2f}M parameters, {args.data}: {len(data):,} {of_all}pictures")
@@ -162,11 +171,11 @@ def announce(
             prediction.float().square().mean().backward()
             seconds = (time.perf_counter() - start) / 4
         model.zero_grad()
-        pictures = args.max_steps * args.batch_size * args.grad_accum / accelerator.num_processes
+        pictures = steps * args.batch_size * args.grad_accum / accelerator.num_processes
         hours = seconds * pictures / 3600
         hint = "" if args.model == "small" else "; --model small is made for this"
         duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
-        print(f"no CUDA: {args.max_steps:,} steps will take about {duration} here{hint}")
+        print(f"no CUDA: {steps:,} steps will take about {duration} here{hint}")
 
 
 def is_due(done: int, every: int, args: argparse.Namespace) -> bool:
@@ -189,9 +198,14 @@ def sample_grid(path: Path, model: torch.nn.Module, noise_scheduler, sampling: d
     seeds = [picture_seed(0, i) for i in range(len(labels))]
     model.eval()
     options = sampling | {"sampler": "dpmsolver++", "steps": 15}
-    with accelerator.autocast():
-        images = generate(model, noise_scheduler, labels, seeds, **options, negative_labels=negatives)
-    model.train()
+    try:
+        with accelerator.autocast():
+            images = generate(model, noise_scheduler, labels, seeds, **options, negative_labels=negatives)
+    except FloatingPointError as error:  # which the loss may not show
+        print(f"{path}: not painted: {error}")
+        return
+    finally:
+        model.train()
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_picture(path, make_grid(to_uint8(images).cpu(), nrow=8))
 
@@ -243,7 +257,8 @@ def train(
         before = checkpoint.resume(newest, *state, metadata)
         first_step, losses = before["step"], before["losses"]
         if first_step >= args.max_steps:
-            accelerator.print(f"{args.out}: was finished, with {first_step:,} steps; nothing to do")
+            further = f"to train it further: --init {args.out} --out {args.out}-2"
+            accelerator.print(f"{args.out}: was finished, with {first_step:,} steps; {further}")
             return
         accelerator.print(f"{args.out}: goes on at step {first_step:,} of {args.max_steps:,}")
     if setup.compile_mode:
@@ -328,10 +343,11 @@ def train(
 @command
 def main(argv: list[str] | None = None):
     args, state = parse_args(argv), join_processes()
-    args.data = args.data or default_data()
+    if state.is_main_process:
+        checkpoint.refuse_other_run(args.out)
     with state.main_process_first():  # the first decodes the pictures, the others read what it kept
-        data = ICLEVRDataset(args.data, args.labels, load_objects())
-    facts = {"labels_sha256": file_sha256(args.labels), "pictures_sha256": data.sha256()}
+        data, args.data = load_data(args.data, args.labels, load_objects())
+    facts = {"labels_sha256": text_sha256(args.labels), "pictures_sha256": data.sha256()}
     facts |= {"pictures": len(data), "labelled": data.total}
     batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / batch_size)
@@ -366,10 +382,10 @@ def main(argv: list[str] | None = None):
     with explained(state.device, smaller_batch(args, processes)):
         model.to(accelerator.device, memory_format=setup.memory_format).train()
         if is_main:
-            announce(args, data, model, setup, accelerator)
+            announce(args, data, model, setup, accelerator, max(0, left))
         if args.dry_run:
             return
-        own_folder = checkpoint.lock(args.out) if is_main else nullcontext()
+        own_folder = lock(args.out) if is_main else nullcontext()
         with own_folder, checkpoint.clean_stop(processes) as stop, disk_errors(args.out):
             train(args, data, model, noise_scheduler, metadata, setup, accelerator, stop)
 
