@@ -53,12 +53,10 @@ from torchvision.models import resnet18
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
-from checkpoint import write_whole
 from dataset import (
     NUM_OBJECTS,
     ICLEVRDataset,
     load_conditions,
-    load_json,
     load_labels,
     load_objects,
     multi_hot,
@@ -67,6 +65,7 @@ from dataset import (
     to_float,
 )
 from device import choose_precision, explained, join_processes, new_accelerator
+from files import load_json, write_whole
 
 OFFICIAL_BLOB = (
     "ff70bd18a0c247595d56a8168cac7adcd61333e6"  # `git hash-object checkpoint.pth` of the lab's file

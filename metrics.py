@@ -9,18 +9,20 @@ interval, with the exact set, and with a second judge that counts (judge.py).
 import argparse
 from pathlib import Path
 
-from commands import InputError, Parser, command
+from commands import InputError, Parser, command, read_early, to_path
 from options import RANGES, check_options
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="such as images/test")
+    parser = Parser(
+        description="Scores of pictures that sample.py painted, with their intervals and a second judge."
+    )
+    parser.add_argument("folders", type=to_path, nargs="+", metavar="FOLDER", help="such as images/test")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+    read_early(parse_args)
 
 import collections
 import statistics
@@ -38,14 +40,13 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from dataset import (
     NUM_OBJECTS,
     check_condition,
-    check_fields,
-    load_json,
     load_objects,
     multi_hot,
     read_pictures,
     to_float,
 )
 from evaluator import BATCH_SIZE, evaluation_model
+from files import check_fields, load_json
 from judge import Found, count_colours, find_objects
 
 REPORT = {"conditions": list, "num_images": int, "seed": int, "accuracies": list, "precision": str}
@@ -114,7 +115,7 @@ def judge(pictures: torch.Tensor, conditions: list[list[str]], evaluator: evalua
 
 def load_samples(folder: Path) -> tuple[dict, Judged]:
     """What sample.py painted into `folder`: its report, and the pictures judged. Raises InputError."""
-    path = folder.with_suffix(".json")
+    path = folder.with_name(f"{folder.name}.json")
     report, objects = load_json(path), load_objects()
     if not isinstance(report, dict) or not report.get("accuracies"):
         raise InputError(f"{path}: expected the report that sample.py writes beside a list it painted whole")

@@ -357,7 +357,7 @@ def build(images: Path, held_out: ICLEVRDataset | None, training: Callable[[], I
     folders = sample_folders(images)
     if not folders:
         raise InputError(f"{images}: no samples; make some with `python sample.py --mode test new_test`")
-    bar = tqdm(folders, "judging", unit="list", leave=False)
+    bar = tqdm(folders, "judging", unit="list", delay=1, leave=False)
     samples = {folder.relative_to(images).as_posix(): load_samples(folder) for folder in bar}
     objects, reports = load_objects(), [report for report, _ in samples.values()]
     names, evaluator = sorted(objects, key=objects.get), evaluation_model(reports[0]["evaluator"])

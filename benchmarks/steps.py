@@ -21,8 +21,8 @@ from matplotlib import pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from checkpoint import SHIPPED, WEIGHTS_NAME
-from dataset import file_sha256
 from evaluator import default_weights
+from files import file_sha256
 
 RUNS = {  # options of sample.py
     f"{sampler} {steps}": ["--sampler", sampler, "--steps", steps, "--seeds", 2]

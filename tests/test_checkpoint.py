@@ -19,6 +19,7 @@ from conftest import LAUNCH, METADATA, ROOT, TINY
 from safetensors.torch import load_file
 
 import checkpoint
+import lists
 import sample
 import train
 from checkpoint import checkpoints, write_weights
@@ -176,7 +177,7 @@ def test_twenty_kills(argv, tmp_path, tried):
     assert children.finish(process) == 0, output(tmp_path)
     assert_same(tmp_path / "whole", tmp_path / "killed")
     left = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert left == {"checkpoint-0000119", "checkpoint-0000120", "log.jsonl"}
+    assert left == {"checkpoint-0000119", "checkpoint-0000120", "log.jsonl", "run.json"}
     tried("20 times `kill -9` at random moments of a run that saves each step",
           "every checkpoint whole each time; the end is bit for bit that of a run left alone")  # fmt: skip
 
@@ -218,13 +219,15 @@ def test_a_full_disk(argv, tmp_path, tried, kind):
 def test_what_is_left_of_a_checkpoint_does_not_count(argv, tmp_path, capsys):
     """Without metadata, under a temporary name, or broken: then it is named."""
     train.main(argv(tmp_path, "--max-steps", 4, "--save-every", 2))
-    shutil.copytree(tmp_path / "checkpoint-0000004", tmp_path / "checkpoint-0000006.tmp")
+    shutil.copytree(tmp_path / "checkpoint-0000004", tmp_path / ".iclevr-ddpm-0123")
+    shutil.copytree(tmp_path / "checkpoint-0000004", tmp_path / "checkpoint-0000006.tmp")  # a user's
     (tmp_path / "checkpoint-0000004" / "metadata.json").unlink()
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-0000002"]
     train.main(argv(tmp_path, "--max-steps", 4))
     assert "goes on at step 2 of 4" in capsys.readouterr().out
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-0000002", "checkpoint-0000004"]
-    assert not (tmp_path / "checkpoint-0000006.tmp").exists()
+    assert not (tmp_path / ".iclevr-ddpm-0123").exists()
+    assert (tmp_path / "checkpoint-0000006.tmp").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -418,7 +421,7 @@ def test_sampling_goes_on_after_kills(six, tmp_path, tried):
         process.kill()
         children.finish(process)
         there = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
-        assert all(checkpoint.is_whole(path) for path in there)
+        assert all(lists.is_whole(path) for path in there)
         assert seen <= there.items()  # none was painted again
         seen = set(there.items())
     sample.main(six)
@@ -438,46 +441,79 @@ def test_only_what_is_missing_is_painted(six, tmp_path, capsys):
     stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     (folder / "1.png").unlink()
     (folder / "4.png").write_bytes(first["4.png"][:700])  # cut off
-    (folder / "9.png").write_bytes(first["0.png"])  # of another list
-    (folder / ".3.png.tmp").write_bytes(b"half")
+    (folder / "9.png").write_bytes(first["0.png"])  # a user's
+    (folder / ".iclevr-ddpm-0123").write_bytes(b"half")  # of a run that was killed
     (folder / "notes.txt").write_text("mine")
     capsys.readouterr()
     sample.main(six)
     assert "(2 painted in " in capsys.readouterr().out
-    assert {p.name: p.read_bytes() for p in folder.glob("*.png")} == first
+    assert {p.name: p.read_bytes() for p in folder.glob("*.png")} == first | {"9.png": first["0.png"]}
     assert {n for n in stamps if (folder / n).stat().st_mtime_ns != stamps[n]} == {"1.png", "4.png"}
-    assert sorted(p.name for p in folder.iterdir()) == [*sorted(first), "notes.txt"]
+    assert sorted(p.name for p in folder.iterdir()) == [*sorted(first), "9.png", "notes.txt"]
     report = (tmp_path / "out" / "six.json").read_bytes()
     sample.main(six)
     assert "(all there before)" in capsys.readouterr().out
     assert (tmp_path / "out" / "six.json").read_bytes() == report
 
 
-@pytest.mark.parametrize("what", ["steps", "seed", "weights_sha256", "conditions", "num_images", "report"])
-def test_with_other_settings_all_is_painted_anew(six, tmp_path, capsys, what):
+@pytest.mark.parametrize("what", ["steps", "seed", "weights_sha256", "conditions", "precision", "best_of"])
+def test_other_settings_want_overwrite(six, tmp_path, capsys, refused, tried, what):
+    """What differs is told, and nothing lost; then all is painted anew, and what is not ours stays."""
     sample.main(six)
     folder, argv = tmp_path / "out" / "six", list(six)
+    (folder / "9.png").write_text("mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     report = json.loads((tmp_path / "out" / "six.json").read_text())
     if what == "steps":
         argv[argv.index("--steps") + 1] = "4"
     elif what == "seed":
         argv += ["--seed", "1"]
-    elif what == "num_images":
-        argv += ["--num-images", "4"]
-    elif what == "report":
-        (tmp_path / "out" / "six.json").write_text("[1, 2")
+    elif what == "best_of":
+        argv += ["--best-of", "2"]
     elif what == "conditions":
         (tmp_path / "six.json").write_text(json.dumps(report["conditions"][::-1]))
     else:  # as if these had been other weights under the same name
-        (tmp_path / "out" / "six.json").write_text(json.dumps(report | {what: "0"}))
-    capsys.readouterr()
-    sample.main(argv)
-    said = capsys.readouterr().out
-    assert (f"painted anew, as these differ from before: {what}" in said) == (what != "report")
+        changed = json.dumps(report | {what: "0"}).encode()
+        (tmp_path / "out" / "six.json").write_bytes(changed)
+        before[tmp_path / "out" / "six.json"] = changed
+    refused(sample.main, argv, folder, what, "--overwrite paints it anew")
+    after = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert after == before
+    sample.main([*argv, "--overwrite"])
     left = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert len(left) == (4 if what == "num_images" else 6)
-    assert all(stamps[name] != stamp for name, stamp in left.items())
+    assert left.keys() == stamps.keys()
+    assert {name for name in left if left[name] == stamps[name]} == {"9.png"}
+    tried(
+        f"a list painted again with another {what}", "exit 2: ... --overwrite paints it anew; nothing is lost"
+    )
+
+
+def test_what_changes_no_picture_does_not_count(six, tmp_path, capsys):
+    """Another path of the same weights, other threads, another size of batches; more pictures are added."""
+    sample.main(six)
+    out = tmp_path / "out" / "six"
+    first = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    shutil.copytree(SHIPPED, tmp_path / "copy")
+    argv = [*six, "--weights", str(tmp_path / "copy"), "--batch-size", "3"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads % 2 + 1)
+    try:
+        sample.main([*argv, "--guidance-interval", "0", "750"])  # what the weights say themselves
+    finally:
+        torch.set_num_threads(threads)
+    assert "(all there before)" in capsys.readouterr().out
+    sample.main([*argv, "--num-images", "9"])
+    assert "(3 painted in " in capsys.readouterr().out
+    stamps = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert len(stamps) == 9 and stamps.items() >= first.items()
+    assert json.loads((tmp_path / "out" / "six.json").read_text())["num_images"] == 9
+    sample.main([*argv, "--num-images", "4"])  # scores the first four
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
+    report = json.loads((tmp_path / "out" / "six.json").read_text())
+    assert (report["num_images"], report["pictures"]) == (4, 9)
+    sample.main([*argv, "--num-images", "9"])
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
 
 
 def test_two_samplers_in_one_folder(six, tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image
 
 import render
 from dataset import load_conditions, load_labels, load_objects
+from files import file_sha256
 
 
 def kinds(path):
@@ -107,7 +108,7 @@ def test_same_bytes_for_any_number_of_workers_and_after_a_stop(pictures, tmp_pat
 def test_manifest_says_what_was_made(pictures):
     manifest = json.loads((pictures / "manifest.json").read_text())
     assert manifest["scenes_done"] == 4 and manifest["options"]["seed"] == 0
-    assert manifest["labels_sha256"] == render.file_sha256(ROOT / "train.json")
+    assert manifest["labels_sha256"] == file_sha256(ROOT / "train.json")
 
 
 def test_folders_of_others_are_left_alone(pictures, tmp_path, refused):
