@@ -113,8 +113,8 @@ def known_weights(runs: Path = Path("runs")) -> list[Path]:
 def load_metadata(folder: Path) -> dict:
     """What is noted beside weights. Raises InputError."""
     path = folder / METADATA_NAME
-    if not os.path.lexists(path):
-        known = [str(found) for found in known_weights()]
+    if not folder.exists():
+        known = [os.path.relpath(found) for found in known_weights()]
         raise InputError(f"{path}: no such file{did_you_mean(str(folder), known)}")
     metadata = check_fields(load_json(path), METADATA, path)
     if metadata["model"] not in PRESETS:

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -5,8 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import render
+import sample
+import train
+from checkpoint import write_weights
+from model import ConditionalUNet, build
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two processes, joined by gloo.
@@ -30,11 +36,60 @@ METADATA |= {
 }  # the least that weights want
 
 
+NAMES = list(json.loads((ROOT / "train.json").read_text()))[:12]  # those of the fixture `pictures`
+TINY_NETWORK = {"block_out_channels": (32, 32), "layers_per_block": 1, "patch_size": 4}
+TINY_NETWORK |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+TRAIN = "--model small --labels labels.json --data pictures --init weights --out run --batch-size 4"
+TRAIN += " --sample-every 0"
+
+
+def listing(folder: Path) -> dict[str, tuple]:
+    """All that is in a folder, without following links: name -> what it is and when it was changed."""
+    found = {}
+    for base, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            stat = os.lstat(path := os.path.join(base, name))
+            found[path] = (stat.st_mode, name in files and (stat.st_size, stat.st_mtime_ns))
+    return found
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """The first four scenes of train.json: twelve pictures, rendered for real."""
     folder = tmp_path_factory.mktemp("data") / "iclevr"
     render.main(["--limit", "4", "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def good(pictures, tmp_path_factory) -> Path:
+    """A folder with all that the scripts take: labels, pictures like the lab's, conditions, weights, a run,
+    an evaluator, a pack, a painted list."""
+    folder, labels = tmp_path_factory.mktemp("good"), json.loads((ROOT / "train.json").read_text())
+    (folder / "labels.json").write_text(json.dumps({name: labels[name] for name in NAMES}))
+    (folder / "list.json").write_text(json.dumps([["red cube"], ["cyan sphere", "gray cube"]]))
+    (folder / "pictures").mkdir()
+    for name in NAMES:
+        shutil.copy(pictures / name, folder / "pictures")
+    torch.manual_seed(0)
+    write_weights(folder / "weights", ConditionalUNet(**TINY_NETWORK), build("small")[1], METADATA)
+    shutil.copy(ROOT / "weights" / "evaluator.pth", folder)
+    shutil.copy(ROOT / "held_out.npz", folder / "pack.npz")
+    before = Path.cwd()
+    os.chdir(folder)
+    train.main([*TRAIN.split(), "--max-steps", "2"])
+    sample.main(["--mode", "list.json", "--weights", "weights"])
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def there(good, tmp_path, monkeypatch) -> Path:
+    """A copy of it, to be in and to spoil."""
+    folder = shutil.copytree(good, tmp_path / "there", symlinks=True)
+    for name in NAMES:  # copies have the times of the originals, which the cache of pictures goes by
+        os.utime(folder / "pictures" / name, ns=(0, (good / "pictures" / name).stat().st_mtime_ns))
+    monkeypatch.chdir(folder)
     return folder
 
 

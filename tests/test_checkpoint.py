@@ -16,7 +16,7 @@ import children
 import pytest
 import torch
 from conftest import LAUNCH, METADATA, ROOT, TINY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import lists
@@ -230,7 +230,10 @@ def test_what_is_left_of_a_checkpoint_does_not_count(argv, tmp_path, capsys):
     assert (tmp_path / "checkpoint-0000006.tmp").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_clean_stop(argv, tmp_path, tried, number):
     """The step is finished and saved, and the same command goes on to the same end."""
     train.main(argv(tmp_path / "whole", "--max-steps", 40))
@@ -238,7 +241,7 @@ def test_a_clean_stop(argv, tmp_path, tried, number):
     process = children.start("train", command, tmp_path)
     wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size)
     os.kill(process.pid, number)
-    code = {signal.SIGTERM: 0, signal.SIGINT: 130}[number]
+    code = 130 if number == signal.SIGINT else 0
     assert children.finish(process) == code, output(tmp_path)
     step = int(checkpoints(out)[-1].name[-7:])
     said = f"stopped after step {step} of 40, which is saved; the same command goes on"
@@ -247,7 +250,8 @@ def test_a_clean_stop(argv, tmp_path, tried, number):
     process = children.start("train", command, tmp_path)
     assert children.finish(process) == 0
     assert_same(tmp_path / "whole", out)
-    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    words = {signal.SIGHUP: "SIGHUP (a closed terminal)", signal.SIGUSR1: "SIGUSR1 (Slurm)"}
+    name = words.get(number, "Ctrl-C" if number == signal.SIGINT else "SIGTERM")
     tried(name, f"the step is finished and saved, exit {code}; the same command goes on bit for bit")
 
 
@@ -516,13 +520,35 @@ def test_what_changes_no_picture_does_not_count(six, tmp_path, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
 
 
-def test_two_samplers_in_one_folder(six, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_two_samplers_in_one_folder(six, tmp_path, number):
+    """The second is refused; a stop of the first, before any picture is there, leaves nothing."""
     first = children.start("sample", [*six, "--steps", 500], tmp_path)
     wait_for(lambda: (tmp_path / "out" / "six" / ".lock").exists())
     (tmp_path / "second").mkdir()
     second = children.start("sample", six, tmp_path / "second")
     assert children.finish(second) == 2
     assert "another process is at work" in output(tmp_path / "second").splitlines()[-1]
-    os.kill(first.pid, signal.SIGINT)
+    os.kill(first.pid, number)
     assert children.finish(first) == 130
     assert output(tmp_path).splitlines()[-1].endswith("six: stopped; the same command paints what is missing")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_are_not_finite(there, refused, tried):
+    """Finite weights that give none: refused before anything is written; what was there stays."""
+    path = there / "weights" / checkpoint.WEIGHTS_NAME
+    argv = ["--mode", "list.json", "process", "--weights", "weights", "--out"]
+    sample.main([*argv, "old"])
+    before = {p: p.read_bytes() for p in (there / "old").rglob("*") if p.is_file()}
+    tensors = load_file(path)
+    tensors["class_embedding.weight"] = torch.full_like(tensors["class_embedding.weight"], 1e38)
+    save_file(tensors, path)
+    refused(sample.main, [*argv, "new"], "weights: prediction not finite in step 1 of 3", "none is written")
+    assert not (there / "new").exists()
+    refused(sample.main, [*argv, "old", "--overwrite"], "weights: prediction not finite in step 1 of 3")
+    assert {p: p.read_bytes() for p in (there / "old").rglob("*") if p.is_file()} == before
+    tried(
+        "weights that give pictures which are not finite",
+        "exit 2: names weights and step; nothing is written",
+    )

@@ -13,7 +13,8 @@ import children
 import numpy as np
 import pytest
 import torch
-from conftest import METADATA, ROOT
+from conftest import METADATA, NAMES, ROOT, TRAIN, listing
+from conftest import TINY_NETWORK as TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,18 +26,13 @@ import metrics
 import report
 import sample
 import train
-from checkpoint import write_weights
 from commands import InputError
 from dataset import load_conditions, load_labels, load_objects, read_picture
-from model import ConditionalUNet, build, load_network, load_noise_scheduler
+from model import build, load_network, load_noise_scheduler
 
 OBJECTS = load_objects()
-LABELS = load_labels(ROOT / "train.json", OBJECTS)
-NAMES = list(LABELS)[:12]  # those of the fixture `pictures`
 WEIGHTS, CONFIG = checkpoint.WEIGHTS_NAME, checkpoint.NETWORK_NAME
 SCHEDULER, TENSOR = checkpoint.SCHEDULER_NAME, "class_embedding.weight"
-TINY = {"block_out_channels": (32, 32), "layers_per_block": 1, "patch_size": 4}
-TINY |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 
 
 class Code:
@@ -46,40 +42,6 @@ class Code:
         return open, ("the_code_has_run", "w")
 
 
-@pytest.fixture(scope="module")
-def good(pictures, tmp_path_factory) -> Path:
-    """A folder with all that the scripts take: labels, pictures like the lab's, conditions, weights, a run,
-    an evaluator, a pack, a painted list."""
-    folder = tmp_path_factory.mktemp("good")
-    (folder / "labels.json").write_text(json.dumps({name: LABELS[name] for name in NAMES}))
-    (folder / "list.json").write_text(json.dumps([["red cube"], ["cyan sphere", "gray cube"]]))
-    (folder / "pictures").mkdir()
-    for name in NAMES:
-        shutil.copy(pictures / name, folder / "pictures")
-    torch.manual_seed(0)
-    write_weights(folder / "weights", ConditionalUNet(**TINY), build("small")[1], METADATA)
-    shutil.copy(ROOT / "weights" / "evaluator.pth", folder)
-    shutil.copy(ROOT / "held_out.npz", folder / "pack.npz")
-    before = Path.cwd()
-    os.chdir(folder)
-    train.main([*TRAIN.split(), "--max-steps", "2"])
-    sample.main(["--mode", "list.json", "--weights", "weights"])
-    os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def there(good, tmp_path, monkeypatch) -> Path:
-    """A copy of it, to be in and to spoil."""
-    folder = shutil.copytree(good, tmp_path / "there", symlinks=True)
-    for name in NAMES:  # copies have the times of the originals, which the cache of pictures goes by
-        os.utime(folder / "pictures" / name, ns=(0, (good / "pictures" / name).stat().st_mtime_ns))
-    monkeypatch.chdir(folder)
-    return folder
-
-
-TRAIN = "--model small --labels labels.json --data pictures --init weights --out run --batch-size 4"
-TRAIN += " --sample-every 0"
 PACK = f"--model small --labels {ROOT / 'train.json'} --data pack.npz --out new"
 OPTIMIZER = "run/checkpoint-0000002/training/optimizer.safetensors"
 SCRIPTS = {
@@ -443,16 +405,6 @@ CASES = [  # the fault, the script that meets it, what spoils the good folder, w
     ("report: words for accuracies", "report", edit("images/list.json", accuracies=["x"]),
      "list.json: expected conditions"),
 ]  # fmt: skip
-
-
-def listing(folder: Path) -> dict[str, tuple]:
-    """All that is in a folder, without following links: name -> what it is and when it was changed."""
-    found = {}
-    for base, folders, files in os.walk(folder):
-        for name in [*folders, *files]:
-            stat = os.lstat(path := os.path.join(base, name))
-            found[path] = (stat.st_mode, name in files and (stat.st_size, stat.st_mtime_ns))
-    return found
 
 
 @pytest.mark.parametrize(("fault", "script", "spoil", "words"), CASES, ids=[case[0] for case in CASES])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import checkpoint
 import train
 from checkpoint import checkpoints, load_weights
-from dataset import load_json
+from files import load_json
 from model import build
 from train import batch_indices
 
@@ -158,6 +158,27 @@ def test_dry_run_and_missing_pictures_write_nothing(pictures, tmp_path, capsys, 
     assert "setup: cpu, fp32 (asked for), contiguous_format (" in out and "not compiled (" in out
     refused(train.main, ["--model", "small", "--data", "iclevr"], "iclevr", "python render.py")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_part_of_the_pictures_is_not_taken_silently(
+    pictures, tmp_path, capsys, monkeypatch, refused, tried
+):
+    """`render.py --limit 4` leaves a folder that train.py would prefer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "iclevr").symlink_to(pictures)
+    refused(train.main, [*TINY, "--max-steps", 2], "iclevr: only 12 of 18,009 pictures", "--data iclevr")
+    assert [path.name for path in tmp_path.iterdir()] == ["iclevr"]
+    train.main([*TINY, "--max-steps", "2", "--data", "iclevr", "--dry-run"])
+    assert "iclevr: 12 of 18,009 pictures" in capsys.readouterr().out
+    tried("a part of the pictures in iclevr/", "exit 2: iclevr: only 12 of 18,009 pictures are rendered; ...")
+
+
+def test_the_time_left_is_that_of_the_steps_left(pictures, tmp_path, capsys):
+    common = ("--lr-schedule", "constant", "--max-steps")
+    start(pictures, tmp_path / "run", *common, 2)
+    assert "no CUDA: 2 steps will take about" in capsys.readouterr().out
+    start(pictures, tmp_path / "run", *common, 5)
+    assert "no CUDA: 3 steps will take about" in capsys.readouterr().out
 
 
 def test_trains_on_the_pack_where_there_are_no_pictures(clone, run):
