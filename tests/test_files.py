@@ -1,4 +1,4 @@
-"""What is the user's stays: folders with other things in them, names with dots, file systems that lack a call."""
+"""What is the user's stays: folders with other things, names with dots, file systems that lack a call."""
 
 import json
 import os
