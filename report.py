@@ -53,7 +53,6 @@ from matplotlib import pyplot as plt
 
 from checkpoint import METADATA_NAME, newest, write_whole
 from dataset import HELD_OUT, ICLEVRDataset, default_data, load_json, load_objects
-from evaluator import evaluation_model
 from judge import count_colours, find_objects
 from metrics import (
     Judged,
@@ -72,6 +71,7 @@ from metrics import (
     scores,
     spread,
 )
+from scoring import Scoring, load_evaluator
 
 SHOWN = 12  # pictures of a kind, where there may be many
 FIRST = ("test", "new_test", "unseen", "validation")  # the order of sections
@@ -249,7 +249,7 @@ def places(found: list) -> dict[str, np.ndarray]:
 
 
 def likeness_section(
-    folder: Path, samples: Judged, held_out: Judged, data: ICLEVRDataset, evaluator: evaluation_model
+    folder: Path, samples: Judged, held_out: Judged, data: ICLEVRDataset, evaluator: Scoring
 ) -> dict:
     """How like renders of the same conditions the samples are, and how near to the training pictures.
 
@@ -352,7 +352,7 @@ def build(images: Path, held_out: ICLEVRDataset | None, training: Callable[[], I
     if not samples:
         raise InputError(f"{images}: no samples; make some with `python sample.py --mode test new_test`")
     objects, reports = load_objects(), [report for report, _ in samples.values()]
-    names, evaluator = sorted(objects, key=objects.get), evaluation_model(reports[0]["evaluator"])
+    names, evaluator = sorted(objects, key=objects.get), load_evaluator(reports[0]["evaluator"])
     scored = {name: found for name, found in samples.items() if name != "train"}
     lists = {name: found for name, found in scored.items() if "/" not in name}
     page = {

@@ -100,8 +100,8 @@ from dataset import (
     to_uint8,
 )
 from device import choose_precision, choose_setup, explained, join_processes, prepare
-from evaluator import evaluation_model
 from sampling import batch_size_for, paint
+from scoring import Scoring, load_evaluator
 
 
 def describe(folder: Path, metadata: dict) -> str:
@@ -213,7 +213,7 @@ def note_painting(one: PictureList, seconds: float):
     print(f"pictures: {one.target}/0.png to {len(one.places) - 1}.png ({how})")
 
 
-def score(evaluator: evaluation_model, target: Path, conditions: list[list[str]], report: dict):
+def score(evaluator: Scoring, target: Path, conditions: list[list[str]], report: dict):
     """Score the pictures in `target`, write their report and the grid of the first of them beside it.
 
     Scored are the pictures as written, so `python evaluator.py` on the folder gives the same digits. A list
@@ -252,7 +252,7 @@ def ctrl_c_explained(lists: list[PictureList]):
 
 
 def settings_of(
-    args: argparse.Namespace, options: dict, size: int, metadata: dict, evaluator: evaluation_model, device
+    args: argparse.Namespace, options: dict, size: int, metadata: dict, evaluator: Scoring, device
 ) -> dict:
     """All that decides what the pictures of any list look like, beside its conditions, for the reports."""
     precision, _ = choose_precision(device, args.mixed_precision)
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None):
     state.print(describe(args.weights, metadata))
     given = {name: getattr(args, name) for name in ("sampler", *RANGES)}
     options = metadata["sampling"] | {name: value for name, value in given.items() if value is not None}
-    objects, evaluator = load_objects(), evaluation_model(args.evaluator, state.device)
+    objects, evaluator = load_objects(), load_evaluator(args.evaluator, state.device)
     lists = [load_list(mode, args, metadata["unseen"], objects) for mode in args.mode]
     names = [one.target.name for one in lists]
     if repeated := [name for name in names if names.count(name) > 1]:
