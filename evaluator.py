@@ -41,9 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
 
-import hashlib
 import io
-import math
 import warnings
 
 import torch
@@ -66,13 +64,13 @@ from dataset import (
 )
 from device import choose_precision, explained, join_processes, new_accelerator
 from files import load_json, write_whole
-
-OFFICIAL_BLOB = (
-    "ff70bd18a0c247595d56a8168cac7adcd61333e6"  # `git hash-object checkpoint.pth` of the lab's file
+from scoring import (
+    BATCH_SIZE,  # noqa: F401 - code that uses this module may know it from here
+    Scoring,
+    check_images,
+    check_labels,
+    is_official,
 )
-
-
-BATCH_SIZE = 250  # pictures that a network is given at once
 
 
 def build_network() -> nn.Module:
@@ -101,81 +99,65 @@ def load_checkpoint(path: Path) -> dict:
     except OSError:
         raise
     except Exception as error:  # of many kinds, by what is broken
-        data = Path(path).read_bytes()
-        if hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == OFFICIAL_BLOB:
+        if is_official(path):
             return torch.load(path, map_location="cpu", weights_only=False)
         reason = type(error).__name__  # what PyTorch says advises to run the code in it
         raise InputError(f"{path}: not a checkpoint of tensors and plain values ({reason})") from None
 
 
-class evaluation_model:  # noqa: N801 - the lab's name, which its users' code imports
-    """The evaluator in `path` (default: `default_weights()`) on `device` (default: CUDA if there is one)."""
+class evaluation_model(Scoring):  # noqa: N801 - the lab's name, which its users' code imports
+    """The evaluator in `path` (default: `default_weights()`) on `device` (default: CUDA if there is one).
+
+    `probabilities`, `judge` and `exact_set` are those of scoring.py.
+    """
 
     def __init__(self, path: Path | str | None = None, device: torch.device | str | None = None):
-        self.path = Path(path or default_weights())
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.classnum = NUM_OBJECTS
-        self.resnet18 = build_network()
-        checkpoint = load_checkpoint(self.path)
+        path = Path(path or default_weights())
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        network = build_network()
+        checkpoint = load_checkpoint(path)
         try:
-            self.resnet18.load_state_dict(checkpoint["model"])
+            network.load_state_dict(checkpoint["model"])
         except Exception:  # of many kinds, by what it is instead
             raise InputError(
-                f"{self.path}: expected a ResNet18 with fc.0 of {NUM_OBJECTS} under the key 'model'"
+                f"{path}: expected a ResNet18 with fc.0 of {NUM_OBJECTS} under the key 'model'"
             ) from None
-        if not all(tensor.isfinite().all() for tensor in self.resnet18.state_dict().values()):
-            raise InputError(f"{self.path}, model: expected finite numbers")
-        self.threshold = checkpoint.get("threshold", 0.5)  # a probability above it: object seen
-        if not isinstance(self.threshold, float) or not 0 <= self.threshold <= 1:
-            raise InputError(f"{self.path}, threshold: expected one of 0 to 1, got {shown(self.threshold)}")
-        with explained(self.device, "for the evaluator"):
-            self.resnet18.to(self.device).eval()
-        self.has_warned = False
+        if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+            raise InputError(f"{path}, model: expected finite numbers")
+        threshold = checkpoint.get("threshold", 0.5)
+        if not isinstance(threshold, float) or not 0 <= threshold <= 1:
+            raise InputError(f"{path}, threshold: expected one of 0 to 1, got {shown(threshold)}")
+        with explained(device, "for the evaluator"):
+            network.to(device).eval()
+        super().__init__(path, network, device, threshold)
+        self.classnum = NUM_OBJECTS
 
     def compute_acc(self, out: torch.Tensor, onehot_labels: torch.Tensor) -> float:
-        """Micro top-k accuracy of outputs [B, 24] against multi-hot labels [B, 24].
+        """Micro top-k accuracy of outputs [B, 24] against multi-hot labels [B, 24], of any dtype and device.
 
         Each picture's k highest outputs, k its number of labels, are compared with its labels: hits of all
-        pictures over labels of all pictures. Blind to objects too many, as the lab's measure is.
+        pictures over labels of all pictures. Blind to objects too many, as the lab's measure is. Raises
+        ValueError for labels of another shape, not of 0 and 1, or without a single 1.
         """
+        labels = check_labels(onehot_labels, len(out))
+        asked = int(labels.sum())
+        if asked == 0:
+            raise ValueError("nothing to score: no label asks for an object")
         hits = 0
-        for scores, label in zip(out, onehot_labels, strict=True):
+        for scores, label in zip(out.cpu(), labels, strict=True):
             k = int(label.sum())
             hits += int(label[scores.topk(k).indices].sum())
-        return hits / int(onehot_labels.sum())
-
-    def exact_set(self, out: torch.Tensor, onehot_labels: torch.Tensor) -> float:
-        """Share of pictures with outputs [B, 24] above the threshold for just their labels [B, 24], and no
-        other object: what `compute_acc` is blind to counts here."""
-        return ((out > self.threshold) == onehot_labels.bool()).all(1).float().mean().item()
-
-    @torch.no_grad()
-    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """Probability [B, 24], on the CPU, of each object in float images [B, 3, 64, 64] in [-1, 1], however
-        many: the network is given BATCH_SIZE at a time.
-
-        Raises ValueError for integer or non-finite images and for values beyond 3, which no normalisation to
-        [-1, 1] gives; warns once for values beyond 1.05 (samples that were not clamped).
-        """
-        if not images.is_floating_point():
-            raise ValueError(f"expected float images in [-1, 1], got {images.dtype}")
-        parts = images.split(BATCH_SIZE)
-        peak = torch.stack([part.abs().max() for part in parts]).max().item()
-        if not math.isfinite(peak) or peak > 3:
-            raise ValueError(f"expected images in [-1, 1], got values up to {peak}")
-        if peak > 1.05 and not self.has_warned:
-            warnings.warn(f"images reach {peak:.2f}; the evaluator was trained on [-1, 1]", stacklevel=2)
-            self.has_warned = True
-        with explained(self.device, "for the evaluator"):
-            return torch.cat([self.resnet18(part.to(self.device)).cpu() for part in parts])
-
-    def judge(self, pictures: torch.Tensor) -> torch.Tensor:
-        """The same for uint8 pictures [N, 3, 64, 64]."""
-        return torch.cat([self.probabilities(to_float(part)) for part in pictures.split(BATCH_SIZE)])
+        return hits / asked
 
     def eval(self, images: torch.Tensor, labels: torch.Tensor) -> float:
-        """Accuracy of images [B, 3, 64, 64] in [-1, 1] against multi-hot labels [B, 24]: `compute_acc`."""
-        return self.compute_acc(self.probabilities(images), labels.cpu())
+        """Accuracy of images [B, 3, 64, 64] in [-1, 1] against multi-hot labels [B, 24]: `compute_acc`.
+
+        Images may be of any float type, labels of any; both on any device. Warns and raises ValueError as
+        `probabilities` and `compute_acc` do.
+        """
+        check_images(images)
+        labels = check_labels(labels, len(images))  # before the network is at work
+        return self.compute_acc(self.probabilities(images), labels)
 
 
 def score_folder(

@@ -45,9 +45,9 @@ from dataset import (
     read_pictures,
     to_float,
 )
-from evaluator import BATCH_SIZE, evaluation_model
 from files import check_fields, load_json
 from judge import Found, count_colours, find_objects
+from scoring import BATCH_SIZE, Scoring, load_evaluator
 
 REPORT = {"conditions": list, "num_images": int, "seed": int, "accuracies": list, "precision": str}
 REPORT |= {"weights": str, "evaluator": str}  # what a report of sample.py has at least
@@ -105,7 +105,7 @@ class Judged:
         return list(zip(map(count_colours, self.found), asked, strict=True))
 
 
-def judge(pictures: torch.Tensor, conditions: list[list[str]], evaluator: evaluation_model) -> Judged:
+def judge(pictures: torch.Tensor, conditions: list[list[str]], evaluator: Scoring) -> Judged:
     """Show uint8 pictures [N, 3, 64, 64], which are to show `conditions`, to both judges."""
     labels = multi_hot(conditions, load_objects()).bool()
     found = evaluator.judge(pictures)
@@ -127,7 +127,7 @@ def load_samples(folder: Path) -> tuple[dict, Judged]:
         check_condition(condition, objects, f"{path}, conditions, entry {i}")
     pictures = read_pictures(folder, count)
     conditions = [conditions[i % len(conditions)] for i in range(count)]
-    return report, judge(pictures, conditions, evaluation_model(report["evaluator"]))
+    return report, judge(pictures, conditions, load_evaluator(report["evaluator"]))
 
 
 # ----------------------------------------------------------------------------------------------------- scores
@@ -251,7 +251,7 @@ def confusion_matrix(judged: Judged, names: list[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def features(pictures: torch.Tensor, evaluator: evaluation_model) -> torch.Tensor:
+def features(pictures: torch.Tensor, evaluator: Scoring) -> torch.Tensor:
     """What the evaluator's last layer is given of uint8 pictures [N, 3, 64, 64]: [N, 512]."""
     body = nn.Sequential(*list(evaluator.resnet18.children())[:-1], nn.Flatten())
     parts = pictures.split(BATCH_SIZE)

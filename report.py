@@ -54,7 +54,6 @@ from matplotlib import pyplot as plt
 
 from checkpoint import METADATA_NAME, newest
 from dataset import HELD_OUT, ICLEVRDataset, load_data, load_objects
-from evaluator import evaluation_model
 from files import load_json, write_whole
 from judge import count_colours, find_objects
 from metrics import (
@@ -74,6 +73,7 @@ from metrics import (
     scores,
     spread,
 )
+from scoring import Scoring, load_evaluator
 
 TITLE = b"<title>i-CLEVR samples</title>"  # of every page, in report.jinja
 SHOWN = 12  # pictures of a kind, where there may be many
@@ -252,7 +252,7 @@ def places(found: list) -> dict[str, np.ndarray]:
 
 
 def likeness_section(
-    folder: Path, samples: Judged, held_out: Judged, data: ICLEVRDataset, evaluator: evaluation_model
+    folder: Path, samples: Judged, held_out: Judged, data: ICLEVRDataset, evaluator: Scoring
 ) -> dict:
     """How like renders of the same conditions the samples are, and how near to the training pictures.
 
@@ -360,7 +360,7 @@ def build(images: Path, held_out: ICLEVRDataset | None, training: Callable[[], I
     bar = tqdm(folders, "judging", unit="list", delay=1, leave=False)
     samples = {folder.relative_to(images).as_posix(): load_samples(folder) for folder in bar}
     objects, reports = load_objects(), [report for report, _ in samples.values()]
-    names, evaluator = sorted(objects, key=objects.get), evaluation_model(reports[0]["evaluator"])
+    names, evaluator = sorted(objects, key=objects.get), load_evaluator(reports[0]["evaluator"])
     scored = {name: found for name, found in samples.items() if name != "train"}
     lists = {name: found for name, found in scored.items() if "/" not in name}
     page = {

@@ -96,10 +96,10 @@ from checkpoint import (
 )
 from dataset import load_objects, multi_hot, read_pictures, to_uint8
 from device import choose_precision, choose_setup, explained, join_processes, prepare
-from evaluator import evaluation_model
 from files import file_sha256, lock, write_json
 from lists import SAMPLING_VERSION, STRIP, PictureList, load_list
 from sampling import STOCHASTIC, batch_size_for, paint
+from scoring import Scoring, load_evaluator
 
 
 def describe(folder: Path, metadata: dict) -> str:
@@ -177,7 +177,7 @@ def note_painting(one: PictureList, seconds: float):
     print(f"pictures: {one.target}/0.png to {len(one.places) - 1}.png ({how})")
 
 
-def score(evaluator: evaluation_model, one: PictureList):
+def score(evaluator: Scoring, one: PictureList):
     """Score the pictures of a list, write their report and the grid of the first of them.
 
     Scored are the pictures as written, so `python evaluator.py` on the folder gives the same digits. A list
@@ -233,7 +233,7 @@ def claim(lists: list[PictureList], settings: dict, overwrite: bool, state, stac
 
 
 def settings_of(
-    args: argparse.Namespace, options: dict, size: int, metadata: dict, evaluator: evaluation_model, device
+    args: argparse.Namespace, options: dict, size: int, metadata: dict, evaluator: Scoring, device
 ) -> dict:
     """How the pictures of any list are painted, for the reports; lists.DECISIVE names what decides."""
     precision, _ = choose_precision(device, args.mixed_precision)
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None):
     state.print(describe(args.weights, metadata))
     given = {name: getattr(args, name) for name in ("sampler", *RANGES)}
     options = metadata["sampling"] | {name: value for name, value in given.items() if value is not None}
-    objects, evaluator = load_objects(), evaluation_model(args.evaluator, state.device)
+    objects, evaluator = load_objects(), load_evaluator(args.evaluator, state.device)
     lists = [load_list(mode, args, metadata["unseen"], objects) for mode in args.mode]
     names = [one.target.name for one in lists]
     if repeated := [name for name in names if names.count(name) > 1]:

@@ -137,7 +137,7 @@ def test_a_card_without_kernels_is_named(h100):
 
 def test_cards_without_bf16_take_fp16(t4):
     """With accelerate's gradient scaler, whose state goes on; it looks at Muon's gradients by itself."""
-    for found in (t4[name] for name in t4 if name != "folder"):
+    for found in (t4[name] for name in t4 if name != "folder" and not name.startswith("lab:")):
         assert found["code"] == 0
         assert "setup: cuda, fp16 autocast (matrix units; this GPU has no bf16)" in found["stdout"]
     assert "goes on at step 2 of 3" in t4["resume reference"]["stdout"]
@@ -145,3 +145,34 @@ def test_cards_without_bf16_take_fp16(t4):
     assert any("grad_scaler" in where for where in last)  # is saved
     once = {"a number, train.py: optimizer.step()": 1}
     assert {w: n for w, n in waits(t4["train small"], 1).items() if "optimizer" in w} == once
+
+
+def test_the_labs_own_evaluator_scores(t4):
+    """All scripts run with it as it is, and its accuracy is what sample.py reports."""
+    for name in ("sample", "metrics", "report", "official"):
+        assert t4[f"lab: {name}"]["code"] == 0, t4[f"lab: {name}"]["stderr"]
+    lines = t4["lab: sample"]["stdout"].splitlines()
+    assert lines.count("the lab's accuracy") == 2
+    for name in ("test", "new_test"):
+        report = json.loads((t4["folder"] / "images" / f"{name}.json").read_text())
+        assert report["evaluator"] == "checkpoint.pth" and len(report["accuracies"]) == 1
+        assert any(line.startswith(f"accuracy: {report['accuracy']:.4f}, exact set: ") for line in lines)
+    scored = t4["lab: metrics"]["stdout"].splitlines()
+    assert [line.partition(":")[0] for line in scored] == ["images/test", "images/new_test"]
+    assert (t4["folder"] / "images" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no checkpoint.pth", "error: checkpoint.pth: no such file"),
+        ("other weights", "evaluator.pth: the lab's evaluator.py loads checkpoint.pth"),
+        ("pickled", "error: checkpoint.pth: not the lab's own file"),
+        ("broken", "error: evaluator.py: the lab's own file cannot be loaded (RuntimeError: "),
+    ],
+)
+def test_what_the_labs_evaluator_cannot_load_is_one_line(t4, name, words):
+    found = t4[f"lab: {name}"]
+    assert found["code"] == 2
+    [line] = [line for line in found["stderr"].splitlines() if line.strip()]
+    assert words in line

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -69,11 +70,56 @@ def test_an_object_too_many_breaks_the_set_but_not_the_accuracy(judge):
 
 def test_unusable_images_are_refused(judge):
     labels = torch.eye(24)[:2]
-    bad = torch.zeros(2, 3, 64, 64)
-    bad[0, 0, 0, 0] = float("nan")
-    for images in (bad, torch.full((2, 3, 64, 64), 3.5), torch.zeros(2, 3, 64, 64, dtype=torch.uint8)):
+    for value in (float("nan"), float("inf"), -float("inf"), 3e38):  # of the last the outputs are NaN
+        bad = torch.zeros(2, 3, 64, 64)
+        bad[0] = value
+        with pytest.raises(ValueError, match="expected"), warnings.catch_warnings(action="ignore"):
+            judge.eval(bad, labels)
+    shapes = ((3, 64, 64), (2, 1, 64, 64), (2, 64, 64, 3), (2, 3, 0, 64))
+    of_no_use = [
+        torch.zeros(2, 3, 64, 64, dtype=dtype) for dtype in (torch.uint8, torch.long, torch.complex64)
+    ]
+    for images in (*of_no_use, *(torch.zeros(shape) for shape in shapes)):
         with pytest.raises(ValueError, match="expected"):
             judge.eval(images, labels)
+    with pytest.raises(ValueError, match="expected uint8"):
+        judge.judge(torch.zeros(2, 3, 64, 64))
+
+
+def test_unusable_labels_are_refused(judge):
+    images = torch.zeros(2, 3, 64, 64)
+    for shape in ((1, 24), (3, 24), (24,), (2, 23), (2,)):
+        with pytest.raises(ValueError, match=r"expected labels of shape \[2, 24\]"):
+            judge.eval(images, torch.ones(shape))
+    for value in (0.5, 2, -1, float("nan")):
+        with pytest.raises(ValueError, match="other than 0 and 1"):
+            judge.eval(images, torch.full((2, 24), value))
+
+
+def test_nothing_to_score_is_said(judge):
+    images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, 24)
+    for some in (images, images.half()[:0]):
+        with pytest.raises(ValueError, match="nothing to score"):
+            judge.eval(some, labels[: len(some)])
+    with pytest.raises(ValueError, match="nothing to score"):
+        judge.compute_acc(labels, labels)
+    for call in (judge.compute_acc, judge.exact_set):
+        with pytest.raises(ValueError, match="nothing to score"):
+            call(labels[:0], labels[:0])
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
+def test_types_make_no_difference(judge, dtype):
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.rand(4, 3, 64, 64, generator=generator) * 2 - 1).to(dtype)
+    labels = torch.eye(24)[:4]
+    expected = judge.resnet18(images.float())
+    assert torch.equal(judge.probabilities(images), expected)
+    for kind in (torch.bool, torch.uint8, torch.long, dtype):
+        assert judge.eval(images, labels.to(kind)) == lab_accuracy(expected, labels)
+        assert judge.compute_acc(expected.to(dtype), labels.to(kind)) == judge.eval(images, labels)
+    # More labels than bfloat16 can count.
+    assert judge.compute_acc(torch.ones(40, 24, dtype=dtype), torch.ones(40, 24, dtype=dtype)) == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell a process's peak")
@@ -99,6 +145,40 @@ def test_unclamped_images_are_warned_about_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         judge.eval(torch.full((1, 3, 64, 64), 1.2), torch.eye(24)[:1])
+        judge.eval(torch.randn(1, 3, 64, 64) * 1000, torch.eye(24)[:1])  # as early in training
+
+
+def test_another_scale_or_size_is_warned_about_once():
+    generator = torch.Generator().manual_seed(0)
+    unit, label = torch.rand(2, 3, 64, 64, generator=generator), torch.eye(24)[:2]
+    wide = torch.rand(2, 3, 240, 320, generator=generator) * 2 - 1
+    kinds = {
+        r"look like \[0, 1\].*images \* 2 - 1": unit,
+        r"look like 0 to 255.*images / 127.5 - 1": unit * 255,
+        r"are 320x240.*squashed to 64x64.*dataset.read_picture": wide,
+        r"images reach \d+\.\d\d;": (unit * 2 - 1) * 1000,
+    }
+    for _ in range(2):  # of each evaluator anew
+        judge = evaluation_model(SHIPPED, "cpu")
+        for message, images in kinds.items():
+            with pytest.warns(UserWarning) as told:
+                judge.eval(images, label)
+            assert len(told) == 1 and re.search(message, str(told[0].message))
+        with warnings.catch_warnings(action="error"):
+            for images in kinds.values():
+                judge.eval(images.double(), label)
+    with pytest.warns(UserWarning) as told:  # both at once
+        evaluation_model(SHIPPED, "cpu").eval(wide.abs(), label)
+    assert len(told) == 2
+
+
+def test_images_as_they_should_be_are_not_warned_about():
+    judge, label = evaluation_model(SHIPPED, "cpu"), torch.eye(24)[:1]
+    with warnings.catch_warnings(action="error"):
+        for low, high in ((-1, 1), (-1.05, 1.05), (-1, -0.5), (-0.1, 1)):
+            judge.eval(torch.linspace(low, high, 3 * 64 * 64).view(1, 3, 64, 64), label)
+        judge.eval(torch.zeros(1, 3, 64, 64), label)
+        judge.judge(torch.full((1, 3, 64, 64), 200, dtype=torch.uint8))  # a bright picture, of a known scale
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
