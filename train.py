@@ -81,6 +81,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import checkpoint
+import tracking
 from dataset import (
     NUM_OBJECTS,
     ICLEVRDataset,
@@ -190,8 +191,11 @@ def is_time_to_save(done: int, last_saved: float, args: argparse.Namespace) -> b
     return done == args.max_steps or time.monotonic() - last_saved >= SAVE_EVERY
 
 
-def sample_grid(path: Path, model: torch.nn.Module, noise_scheduler, sampling: dict, accelerator):
-    """Paint eight validation conditions from the same noise each time: a quick look, with few steps."""
+def sample_grid(
+    path: Path, model: torch.nn.Module, noise_scheduler, sampling: dict, accelerator
+) -> torch.Tensor:
+    """Paint eight validation conditions from the same noise each time: a quick look, with few steps. Gives
+    the grid, uint8 [3, H, W] on the CPU, which is written as well."""
     conditions = load_conditions(ROOT / "validation.json", objects := load_objects())[::8]
     labels = multi_hot(conditions, objects).to(accelerator.device)
     negatives = [twin_labels(condition, objects) for condition in conditions]
@@ -207,7 +211,9 @@ def sample_grid(path: Path, model: torch.nn.Module, noise_scheduler, sampling: d
     finally:
         model.train()
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_picture(path, make_grid(to_uint8(images).cpu(), nrow=8))
+    grid = make_grid(to_uint8(images).cpu(), nrow=8)
+    checkpoint.write_picture(path, grid)
+    return grid
 
 
 @contextmanager
@@ -263,8 +269,7 @@ def train(
         accelerator.print(f"{args.out}: goes on at step {first_step:,} of {args.max_steps:,}")
     if setup.compile_mode:
         model = torch.compile(model, mode=setup.compile_mode, dynamic=False)
-    if args.log_with:
-        accelerator.init_trackers("logs")
+    tracking.start(args, accelerator, args.out.name, first_step)
     # Fused AdamW skips a step for which `found_inf` is 1, and fp16's gradient scaler one that overflows: the
     # numbers of a step can then be read one step late.
     skips_by_itself = args.optimizer == "adamw" or accelerator.scaler is not None
@@ -318,8 +323,9 @@ def train(
 
             done, is_stopping = step + 1, watch.is_stopping(step)
             if is_main and is_due(done, args.sample_every, args):
-                grid = args.out / "samples" / f"{done:07d}.png"
-                sample_grid(grid, ema_model, noise_scheduler, metadata["sampling"], accelerator)
+                path = args.out / "samples" / f"{done:07d}.png"
+                grid = sample_grid(path, ema_model, noise_scheduler, metadata["sampling"], accelerator)
+                tracking.log_grid(accelerator, grid, done)
             if is_main and (is_stopping or is_time_to_save(done, last_saved, args)):
                 watch.read_all()  # what is saved has been looked at
                 metadata["step"], metadata["losses"] = done, watch.losses
@@ -367,6 +373,7 @@ def main(argv: list[str] | None = None):
         raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {processes} processes")
     if args.log_with and not accelerator.log_with:
         raise InputError(f"--log-with {args.log_with}: not installed; pip install {args.log_with}")
+    tracking.check(args, accelerator)
 
     torch.manual_seed(args.seed)
     pictures_before, unseen = 0, unseen_triples(load_labels(args.labels, data.objects), data.objects)
