@@ -10,26 +10,30 @@ From code: `evaluation_model().eval(images, labels)`, as in the lab's own evalua
 import argparse
 from pathlib import Path
 
-from commands import ROOT, InputError, Parser, command, number, shown
+from commands import ROOT, InputError, Parser, command, number, read_early, shown, to_path, to_seed
 from options import PRECISIONS
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="folder of pictures; with --train one or more")
-    parser.add_argument("--labels", type=Path, help="default: FOLDER/labels.json, else <FOLDER's name>.json")
+    parser = Parser(description="Score a folder of pictures with the evaluator, or train one.")
     parser.add_argument(
-        "--weights", type=Path, help="default: checkpoint.pth if there, else weights/evaluator.pth"
+        "folders", type=to_path, nargs="+", help="folder of pictures; with --train one or more"
+    )
+    parser.add_argument(
+        "--labels", type=to_path, help="default: FOLDER/labels.json, else <FOLDER's name>.json"
+    )
+    parser.add_argument(
+        "--weights", type=to_path, help="default: checkpoint.pth if there, else weights/evaluator.pth"
     )
     parser.add_argument("--train", action="store_true", help="train on the folders instead of scoring one")
     parser.add_argument(
         "--epochs", type=number(int, 1), default=40, help="with --train (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="with --train (default: %(default)s)")
+    parser.add_argument("--seed", type=to_seed, default=0, help="with --train (default: %(default)s)")
     parser.add_argument(
         "--mixed-precision", choices=PRECISIONS, help="with --train (default: what is fastest here)"
     )
-    parser.add_argument("--out", type=Path, help="with --train: weights file to write")
+    parser.add_argument("--out", type=to_path, help="with --train: weights file to write")
     args = parser.parse_args(argv)
     if args.train != bool(args.out):
         parser.error("--train and --out belong together")
@@ -39,9 +43,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args(None)  # a mistake is told at once, not after the seconds that it takes to load PyTorch
+    read_early(parse_args)
 
 import io
+import os
 import warnings
 
 import torch
@@ -267,11 +272,24 @@ def labels_of(folder: Path, otherwise: Path) -> Path:
     return folder / "labels.json" if (folder / "labels.json").exists() else otherwise
 
 
+def refuse_other_file(path: Path):
+    """Raise InputError if there is a file at `path` that is no evaluator trained here: the lab's is none."""
+    if os.path.lexists(path):
+        try:
+            found = load_checkpoint(path)
+            is_ours = isinstance(found, dict) and "threshold" in found
+        except InputError:
+            is_ours = False
+        if not is_ours:
+            raise InputError(f"{path}: there already, and no evaluator trained here; choose another --out")
+
+
 @command
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     objects = load_objects()
     if args.train:
+        refuse_other_file(args.out)
         device = join_processes().device
         precision, _ = choose_precision(device, args.mixed_precision)
         train_json = ROOT / "train.json"

@@ -192,10 +192,10 @@ def is_time_to_save(done: int, last_saved: float, args: argparse.Namespace) -> b
 
 
 def sample_grid(
-    path: Path, model: torch.nn.Module, noise_scheduler, sampling: dict, accelerator
-) -> torch.Tensor:
-    """Paint eight validation conditions from the same noise each time: a quick look, with few steps. Gives
-    the grid, uint8 [3, H, W] on the CPU, which is written as well."""
+    out: Path, step: int, model: torch.nn.Module, noise_scheduler, sampling: dict, accelerator: Accelerator
+):
+    """Paint eight validation conditions from the same noise each time: a quick look, with few steps, for the
+    run's folder and for trackers."""
     conditions = load_conditions(ROOT / "validation.json", objects := load_objects())[::8]
     labels = multi_hot(conditions, objects).to(accelerator.device)
     negatives = [twin_labels(condition, objects) for condition in conditions]
@@ -206,14 +206,14 @@ def sample_grid(
         with accelerator.autocast():
             images = generate(model, noise_scheduler, labels, seeds, **options, negative_labels=negatives)
     except FloatingPointError as error:  # which the loss may not show
-        print(f"{path}: not painted: {error}")
+        print(f"{out}: no sample grid of step {step:,}: {error}")
         return
     finally:
         model.train()
-    path.parent.mkdir(parents=True, exist_ok=True)
     grid = make_grid(to_uint8(images).cpu(), nrow=8)
-    checkpoint.write_picture(path, grid)
-    return grid
+    (out / "samples").mkdir(exist_ok=True)
+    checkpoint.write_picture(out / "samples" / f"{step:07d}.png", grid)
+    tracking.log_grid(accelerator, grid, step)
 
 
 @contextmanager
@@ -269,7 +269,8 @@ def train(
         accelerator.print(f"{args.out}: goes on at step {first_step:,} of {args.max_steps:,}")
     if setup.compile_mode:
         model = torch.compile(model, mode=setup.compile_mode, dynamic=False)
-    tracking.start(args, accelerator, args.out.name, first_step)
+    run_id = checkpoint.begin(args.out, metadata) if is_main else None
+    tracking.start(args, accelerator, run_id, first_step)
     # Fused AdamW skips a step for which `found_inf` is 1, and fp16's gradient scaler one that overflows: the
     # numbers of a step can then be read one step late.
     skips_by_itself = args.optimizer == "adamw" or accelerator.scaler is not None
@@ -323,9 +324,8 @@ def train(
 
             done, is_stopping = step + 1, watch.is_stopping(step)
             if is_main and is_due(done, args.sample_every, args):
-                path = args.out / "samples" / f"{done:07d}.png"
-                grid = sample_grid(path, ema_model, noise_scheduler, metadata["sampling"], accelerator)
-                tracking.log_grid(accelerator, grid, done)
+                sampling = metadata["sampling"]
+                sample_grid(args.out, done, ema_model, noise_scheduler, sampling, accelerator)
             if is_main and (is_stopping or is_time_to_save(done, last_saved, args)):
                 watch.read_all()  # what is saved has been looked at
                 metadata["step"], metadata["losses"] = done, watch.losses

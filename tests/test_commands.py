@@ -43,9 +43,9 @@ def test_help_and_mistakes_come_before_torch(run, script):
 
 
 @pytest.mark.parametrize(("script", "argv"), [("sample", "--mode nothing"), ("report", "nothing")])
-def test_the_first_line_comes_before_torch(run, tmp_path, script, argv):
+def test_the_first_line_comes_before_torch(run, script, argv):
     """Which takes seconds to load: a reader of the log sees at once that something happens."""
-    process = run(tmp_path, "-c", CODE, ROOT / f"{script}.py", *argv.split())
+    process = run(ROOT, "-c", CODE, f"{script}.py", *argv.split())
     first, second, *_ = process.stdout.splitlines()
     assert first == f"{script}.py: loading PyTorch" and second == "TORCH"
 
@@ -127,7 +127,7 @@ def test_a_terminal_of_ascii(there, run, tried):
     """Gets escapes for what it cannot show."""
     (there / "weights").rename(there / "schön")
     argv = [*LIST.split(), "--weights", "schön"]
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii:strict"}
+    plain = {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "ascii:strict"}
     process = run(there, ROOT / "sample.py", *argv, **plain)
     assert process.returncode == 0, process.stderr
     assert "weights: sch\\xf6n" in process.stdout
