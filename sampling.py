@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
@@ -19,7 +19,9 @@ _CLAMP = {"thresholding": True, "sample_max_value": 1.0}
 _DPM = _CLAMP | {"lambda_min_clipped": -5.1}
 SCHEDULERS = {  # of options.SAMPLERS
     "ddpm": (DDPMScheduler, {}),  # arXiv 2006.11239
-    "ddim": (DDIMScheduler, {}),  # arXiv 2010.02502, eta 0
+    # arXiv 2010.02502 with eta 0, which is DPM-Solver++ of order 1 (arXiv 2211.01095). DDIMScheduler itself
+    # goes to `t - 1000 // steps`, which is the next timestep only where `steps` divides 1000.
+    "ddim": (DPMSolverMultistepScheduler, _CLAMP | {"solver_order": 1}),
     "dpmsolver++": (DPMSolverMultistepScheduler, _DPM),  # arXiv 2211.01095
     "sde-dpmsolver++": (DPMSolverMultistepScheduler, _DPM | {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": (UniPCMultistepScheduler, _CLAMP),  # arXiv 2302.04867
@@ -57,6 +59,54 @@ def predict(
     return predictions
 
 
+def timestep_grid(steps: int, start: int = 1000) -> list[int]:
+    """The timesteps of so many steps, 1 to 1000: all different, descending, in 0 to 999.
+
+    Trailing (arXiv 2305.08891): the first is `start` - 1, and they lie 1000 / steps apart, rounded as in
+    diffusers. If so many do not fit below a lower `start`, they lie closer together. If they do not fit
+    even then, the first is `steps` - 1.
+    """
+    grid = np.arange(start, 0, -1000 / steps).round()[:steps]  # by rounding, arange may give one too many
+    if len(grid) < steps or grid[-1] < 1:
+        start = max(start, steps)
+        grid = np.arange(start, 0, -start / steps).round()[:steps]
+    return [int(t) - 1 for t in grid]
+
+
+def set_steps(scheduler, steps: int):
+    """Set a scheduler, one of `SCHEDULERS`, to so many steps, 1 to 1000, at the timesteps of `timestep_grid`.
+
+    Each step then goes to the next timestep of the grid, and the last one to the clear picture. The grid is
+    trailing, whatever `timestep_spacing` the scheduler was made with.
+    """
+    start = 1000
+    if "lambda_min_clipped" in scheduler.config:  # diffusers leaves out noisier ones, but not of a given list
+        start = int((scheduler.lambda_t >= scheduler.config.lambda_min_clipped).sum())
+    timesteps = timestep_grid(steps, start)  # kept on the CPU: a step then waits for nothing on a GPU
+    if isinstance(scheduler, UniPCMultistepScheduler):  # takes no list: it is given what others make of one
+        scheduler.set_timesteps(steps)
+        alpha_bar = scheduler.alphas_cumprod[timesteps]
+        sigmas = ((1 - alpha_bar) / alpha_bar) ** 0.5
+        scheduler.timesteps = torch.tensor(timesteps)
+        scheduler.sigmas = torch.cat([sigmas, torch.zeros(1)])  # the last is that of the clear picture
+    else:
+        scheduler.set_timesteps(timesteps=timesteps)
+
+
+def check_finite(sums: list[torch.Tensor], images: torch.Tensor, timesteps: list[int]):
+    """Raise FloatingPointError unless the sums [] of the predictions, one a timestep, and images are finite.
+
+    A sum is not finite if a number in it is not. The device is waited for once.
+    """
+    finite = torch.stack([*sums, images.sum()]).isfinite().cpu().tolist()
+    for step, timestep in enumerate(timesteps):
+        if not finite[step]:
+            where = f"step {step + 1} of {len(timesteps)} (timestep {timestep})"
+            raise FloatingPointError(f"prediction not finite in {where}")
+    if not finite[-1]:
+        raise FloatingPointError(f"picture not finite after {len(timesteps)} steps")
+
+
 @torch.no_grad()
 def generate(
     model: Network,
@@ -87,18 +137,18 @@ def generate(
 
     `evaluator`, for `evaluator_scale` above 0: [B, 3, 64, 64] in [-1, 1] -> probabilities [B, 24]; see
     `evaluator_gradient`. `callback` is given the images before each step, and the clear ones at the end.
+
+    Raises FloatingPointError if a prediction or a picture is not finite: clamped, it would be a picture.
     """
     device, count = labels.device, len(labels)
     scheduler_class, options = SCHEDULERS[sampler]
     scheduler = scheduler_class.from_config(noise_scheduler.config, **options)
-    scheduler.set_timesteps(steps)  # kept on the CPU: a step then waits for nothing on a GPU
+    set_steps(scheduler, steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same start on any device
     images = randn_tensor((count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generators).to(device)
     step_options = {}
     if sampler in STOCHASTIC:
         step_options["generator"] = [torch.Generator(device).manual_seed(seed + 1) for seed in seeds]
-    if sampler == "ddim":  # with the noise that belongs to the clamped picture: else more steps are worse
-        step_options["use_clipped_model_output"] = True
     everyone = torch.arange(count, device=device)
     mistakes = [(i, label) for i, own in enumerate(negative_labels) for label in own]
     if device.type == "cuda":  # a compiled network wants few sizes of batches
@@ -108,6 +158,7 @@ def generate(
         torch.stack([label for _, label in mistakes]).to(device) if mistakes else labels[:0]
     )  # [K, 24]
     owned = owners == everyone[:, None]  # [B, K]
+    sums = []  # of each prediction: looked at once at the end, since to look is to wait for the device
     for t in scheduler.timesteps:
         callback(images)
         guided = guidance_scale != 1 and guidance_interval[0] <= t <= guidance_interval[1]
@@ -135,7 +186,9 @@ def generate(
         if evaluator_scale > 0:
             gradient = evaluator_gradient(evaluator, noise_scheduler, images, prediction, t, labels)
             prediction = prediction - evaluator_scale * gradient
+        sums.append(prediction.sum())
         images = scheduler.step(prediction, t, images, **step_options).prev_sample
+    check_finite(sums, images, scheduler.timesteps.tolist())
     images = images.clamp(-1, 1)
     callback(images)
     return images
