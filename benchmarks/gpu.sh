@@ -64,7 +64,7 @@ score() {
     read -ra modes <<<"$3"
     shift 3
     ! grep -qs '"accuracies"' "$out/${modes[-1]}.json" || return 0
-    $python sample.py --weights "$WORK/$name" --mode "${modes[@]}" --out "$out" "$@" 2>"$WORK/sample.err" ||
+    $python sample.py --weights "$WORK/$name" --mode "${modes[@]}" --out "$out" --overwrite "$@" 2>"$WORK/sample.err" ||
         { tail -n 20 "$WORK/sample.err" && return 1; }
     for mode in "${modes[@]}"; do rm -rf "${out:?}/$mode"; done # the grids stay
 }

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=images/page
-sample() { python sample.py --weights weights/small --evaluator weights/evaluator.pth "$@"; }
+sample() { python sample.py --overwrite --weights weights/small --evaluator weights/evaluator.pth "$@"; }
 more() { sample --mixed-precision "${PRECISION:-no}" "$@"; }
 sample --mixed-precision no --out $out --mode test new_test unseen process --seeds 10
 more --out $out --mode train --num-images 2100

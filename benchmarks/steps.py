@@ -44,7 +44,7 @@ def sweep(description: str, runs: dict[str, list], measure=lambda folder: {}) ->
     parser.add_argument("--weights", type=Path, default=SHIPPED, help="default: those that ship")
     parser.add_argument("--out", type=Path, required=True, help="path of the results, less .json and .png")
     args = parser.parse_args()
-    path, weights = args.out.with_suffix(".json"), args.weights
+    path, weights = Path(f"{args.out}.json"), args.weights
     files = {"weights": weights / WEIGHTS_NAME, "evaluator": default_weights()}
     judged = {f"{name}_sha256": file_sha256(file) for name, file in files.items()}
     stored = json.loads(path.read_text()) if path.exists() else {}
@@ -57,7 +57,7 @@ def sweep(description: str, runs: dict[str, list], measure=lambda folder: {}) ->
             report |= measure(Path(folder, "validation"))
         results[key] = {k: v for k, v in report.items() if k not in (*files, "conditions")}
         path.write_text(json.dumps(judged | {"results": results}, indent=1) + "\n")
-    return {key: results[key] for key in runs}, args.out.with_suffix(".png")
+    return {key: results[key] for key in runs}, Path(f"{args.out}.png")
 
 
 def table(results: dict[str, dict]) -> str:

@@ -129,7 +129,7 @@ _faults: dict[str, str] = {}
 def tried():
     """Note a fault and what happened, for the table in docs/faults.md, which has to name it.
 
-    `FAULTS=1 python -m pytest tests/test_checkpoint.py tests/test_hostile.py` makes the table anew.
+    `FAULTS=1 python -m pytest` makes the table anew.
     """
 
     def note(fault: str, happened: str):

@@ -64,7 +64,8 @@ def training(model: str, steps: int, *more, **options) -> dict:
 
 
 def sampling(model: str, *more, **options) -> dict:
-    return run(sample.main, "--weights", f"runs/{model}", "--out", "images", *more, **options)
+    argv = ["--weights", f"runs/{model}", "--out", "images", "--overwrite"]
+    return run(sample.main, *argv, *more, **options)
 
 
 def on_h100() -> dict:

@@ -227,8 +227,7 @@ def test_a_run_on_such_a_file_system(shim, there, run):
     assert process.returncode == 0 and "warning: new2/list: this file" in process.stderr
 
 
-def test_the_oldest_filelock_that_is_admitted(tmp_path):
-    """What requirements.txt says is what was tried; here the installed one keeps a second process out."""
+def test_a_folder_is_locked_and_left_as_it_was(tmp_path):
     code = "import files, sys; from pathlib import Path\nwith files.lock(Path(sys.argv[1])): pass"
     with files.lock(tmp_path / "folder"):
         command = [sys.executable, "-c", code, str(tmp_path / "folder")]
