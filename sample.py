@@ -137,7 +137,7 @@ def paint_batches(batches: list, size: int, painter, begin, bar: tqdm):
     has_begun = False
     for batch in batches:
         filled = batch + batch[-1:] * (size - len(batch))
-        strips = [(place, one) for place, (one, _) in enumerate(batch) if one.is_process]
+        strips = [(place, one) for place, (one, i) in enumerate(batch) if one.is_process and i in one.missing]
 
         def look(images: torch.Tensor, strips=strips):
             bar.update()
@@ -287,8 +287,9 @@ def main(argv: list[str] | None = None):
 
         def begin():
             state.wait_for_everyone()  # all have painted a batch, so nothing is lost where that fails
-            for one in lists if is_main else []:
-                one.begin()
+            if is_main:
+                for one in lists:
+                    one.begin()
             state.wait_for_everyone()
 
         batches = batches_of(lists, size)
