@@ -19,6 +19,7 @@ def _run(script: str, argv: list[str], folder: Path, output: Path, limits: dict[
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in a shell's background ignore
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
     importlib.import_module(script).main(argv)

@@ -1,6 +1,7 @@
 """Runs and lists that are stopped, killed, or run out of disk, memory or numbers: nothing is lost or half
 written, and the end is that of an undisturbed run."""
 
+import contextlib
 import json
 import os
 import random
@@ -280,13 +281,14 @@ def test_several_processes_stop_together(pictures, tmp_path, tried):
     command = list(map(str, [sys.executable, *LAUNCH, "train.py", *argv]))
     with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
-        wait_for(
-            lambda: (
-                (tmp_path / "run" / "log.jsonl").exists() and (tmp_path / "run" / "log.jsonl").stat().st_size
-            )
-        )
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(60)
+        log = tmp_path / "run" / "log.jsonl"
+        try:
+            wait_for(lambda: log.exists() and log.stat().st_size, seconds=240)
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert "setup: cpu, 2 processes, fp32" in output(tmp_path)
     assert "which is saved; the same command goes on" in output(tmp_path)
     [saved] = checkpoints(tmp_path / "run")
@@ -535,7 +537,7 @@ def test_two_samplers_in_one_folder(six, tmp_path, number):
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_that_are_not_finite(there, refused, tried):
+def test_pictures_that_are_not_finite(there, capsys, tried):
     """Finite weights that give none: refused before anything is written; what was there stays."""
     path = there / "weights" / checkpoint.WEIGHTS_NAME
     argv = ["--mode", "list.json", "process", "--weights", "weights", "--out"]
@@ -544,9 +546,15 @@ def test_pictures_that_are_not_finite(there, refused, tried):
     tensors = load_file(path)
     tensors["class_embedding.weight"] = torch.full_like(tensors["class_embedding.weight"], 1e38)
     save_file(tensors, path)
-    refused(sample.main, [*argv, "new"], "weights: prediction not finite in step 1 of 3", "none is written")
+    for more in (["new"], ["old", "--overwrite"]):
+        with pytest.raises(SystemExit) as stop:
+            sample.main([*argv, *more])
+        line = capsys.readouterr().err.splitlines()[-1]
+        said = (
+            "error: weights: prediction not finite in step 1 of 3 (timestep 999); of these pictures none is"
+        )
+        assert stop.value.code == 2 and line.startswith(said)
     assert not (there / "new").exists()
-    refused(sample.main, [*argv, "old", "--overwrite"], "weights: prediction not finite in step 1 of 3")
     assert {p: p.read_bytes() for p in (there / "old").rglob("*") if p.is_file()} == before
     tried(
         "weights that give pictures which are not finite",
