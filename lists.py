@@ -132,8 +132,7 @@ class PictureList:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         if not self.is_process:
             remove_temporaries(self.target)
-        if self.differs:
-            self.report_path.unlink()  # first: without it no picture counts
+        if self.differs:  # pictures before the report: if this is cut off, it is still true of those left
             self.grid_path.unlink(missing_ok=True)
             for path in self.target.glob("*.png"):
                 is_number = path.stem.isdecimal() and path.stem == str(int(path.stem))

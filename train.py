@@ -20,17 +20,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Train a conditional DDPM on i-CLEVR.")
     add = parser.add_argument_group("run").add_argument
     add("--model", choices=PRESETS, default="reference", help="preset (default: %(default)s)")
-    add(
-        "--data", type=to_path, help="folder or .npz of pictures (default: iclevr/, else the pack that ships)"
-    )
+    add("--data", type=to_path, help="folder or .npz of pictures (default: iclevr/, else what ships)")
     add("--labels", type=to_path, default=ROOT / "train.json", help="label file (default: train.json)")
     add("--out", type=to_path, help="folder of the run (default: runs/<model>)")
-    add(
-        "--init",
-        type=to_path,
-        metavar="DIR",
-        help="start from these weights and network, with a new optimizer",
-    )
+    add("--init", type=to_path, metavar="DIR", help="start from these weights, with a new optimizer")
     add("--seed", type=to_seed, default=0, help="default: %(default)s")
     add("--dry-run", action="store_true", help="print what would be trained on what, and stop")
     add("--mixed-precision", choices=PRECISIONS, help="default: what is fastest here")
