@@ -195,7 +195,7 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str | None = None)
     """The end of an error message about a name that is not among those `known`: the nearest of them, else
     `otherwise`, else all of them."""
     known = list(known)
-    nearest = difflib.get_close_matches(given[:200], known, n=1)
+    nearest = difflib.get_close_matches(given[:200], known, n=1, cutoff=0.75)
     if nearest:
         return f"; did you mean {nearest[0]}?"
     if otherwise is not None:

@@ -107,6 +107,15 @@ class Setup:
         return f"setup: {where}, {', '.join(parts)}"
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether products of matrices in bf16 are no slower on `device` than in fp32."""
+    if device.type != "cpu":
+        return True
+    # AVX512 alone is not enough: without instructions for bf16 it is no faster than fp32.
+    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has_instructions and "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
 def choose_precision(device: torch.device, asked: str | None) -> tuple[str, str]:
     """The precision of autocast, "no", "fp16" or "bf16", and why: as asked, by the command line or else by
     `accelerate launch --mixed_precision`, else the fastest that is safe.
@@ -131,9 +140,7 @@ def choose_precision(device: torch.device, asked: str | None) -> tuple[str, str]
             )
         if asked:
             return asked, why_asked
-        # AVX512 alone is not enough: without instructions for bf16 it is no faster than fp32.
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        if has_bf16 and "AVX512" in capability:
+        if has_fast_bf16(device):
             return "bf16", "the processor has instructions for it"
         return "no", "the processor has no instructions for bf16"
     if asked:

@@ -177,7 +177,9 @@ def load_list(mode: str, args: argparse.Namespace, unseen: list, objects: dict[s
         path = known if known.exists() else path
         if not path.exists():
             names = [*LISTS, "unseen", "process", *sorted(p.name for p in Path().glob("*.json"))]
-            raise InputError(f"--mode {mode}: no such list or file{did_you_mean(mode, names)}")
+            raise InputError(
+                f"--mode {mode}: no such file, nor a list of that name{did_you_mean(mode, names)}"
+            )
         conditions = load_conditions(path, objects)
     # Picture i shows condition i % N, with the seed that follows for each time through the list.
     amount = args.num_images or args.seeds * len(conditions)

@@ -62,7 +62,11 @@ def test_options_have_no_abbreviations(refused, tmp_path):
 def test_names_that_there_are_not_tell_what_there_is(there, refused, tried):
     paint = ["--weights", "weights", "--mode"]
     cases = [
-        (sample.main, [*paint, "new_tset"], "--mode new_tset: no such list or file; did you mean new_test?"),
+        (
+            sample.main,
+            [*paint, "new_tset"],
+            "new_tset: no such file, nor a list of that name; did you mean new_test?",
+        ),
         (sample.main, [*paint, "x"], "there are test, new_test, validation, train, unseen, process, "),
         (sample.main, [*paint, "process", "--objects", "red cub"], "'red cub'; did you mean red cube?"),
         (sample.main, ["--mode", "test", "--weights", "runs/smal"], "did you mean runs/small?"),

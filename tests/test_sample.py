@@ -287,7 +287,7 @@ def test_what_a_lab_asks_for_in_one_command(tmp_path, conditions, capsys):
     frames = [strip[2:-2, 2 + 66 * i : 66 * (i + 1)] for i in range(10)]
     roughness = [np.abs(np.diff(frame, axis=0)).mean() for frame in frames]  # of neighbouring pixels
     assert roughness == sorted(roughness, reverse=True) and roughness[0] > 50 and roughness[-1] < 10
-    argv = ["--mode", "process", *argv[3:], "--objects", "red sphere", "cyan cube"]
+    argv = ["--mode", "process", *argv[3:], "--objects", "red sphere", "cyan cube", "--overwrite"]
     sample.main(list(map(str, argv)))
     other = np.asarray(Image.open(out / "process.png")).astype(float)
     assert np.abs(other - strip)[:, :66].max() == 0 and np.abs(other - strip)[:, -66:].max() > 50
@@ -317,7 +317,6 @@ def test_mistakes_are_one_line(tmp_path, refused):
     )
     refused(sample.main, ["--mode", "test", ROOT / "test.json"], "two lists named test")
     (tmp_path / "mine.json").write_text('[["red cube"]]')
-    refused(
-        sample.main, ["--mode", tmp_path / "mine.json", "--weights", SHIPPED, "--out", tmp_path], "overwrite"
-    )
+    mine = tmp_path / "mine.json"
+    refused(sample.main, ["--mode", mine, "--weights", SHIPPED, "--out", tmp_path], mine, "no report of")
     refused(evaluator.main, [tmp_path, "--labels", ROOT / "test.json"], "0.png: no such picture")
