@@ -38,9 +38,14 @@ def check_environment():
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         raise InputError(f"ACCELERATE_DYNAMO_BACKEND is {backend}: compiling is chosen by itself; unset it")
-    if "ACCELERATE_TORCH_DEVICE" in os.environ:
-        raise InputError("ACCELERATE_TORCH_DEVICE is set: choose a GPU by CUDA_VISIBLE_DEVICES; unset it")
     given = [name for name in _RANKS if os.environ.get(name, "-1") != "-1"]
+    name = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if name is not None and (given or name.partition(":")[0] != kind):
+        raise InputError(
+            f"ACCELERATE_TORCH_DEVICE is {shown(name)}: expected a device of the kind {kind}, and a single "
+            f"process; unset it, and choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
     missing = [name for name in (*_RANKS, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if given and missing:
         raise InputError(
