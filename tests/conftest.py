@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, and before PyTorch counts them
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
@@ -17,7 +20,7 @@ from model import ConditionalUNet, build
 ROOT = Path(__file__).resolve().parent.parent
 # Two processes, joined by gloo.
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]  # 0: a free one
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 OFFICIAL = ROOT.parent / "shared" / "official"  # the lab's label files, on the founders' machines alone
 # For runs of a few steps; in fp32, which some processors would not choose.
@@ -129,7 +132,7 @@ _faults: dict[str, str] = {}
 def tried():
     """Note a fault and what happened, for the table in docs/faults.md, which has to name it.
 
-    `FAULTS=1 python -m pytest` makes the table anew.
+    `FAULTS=1 python -m pytest -n 0` makes the table anew.
     """
 
     def note(fault: str, happened: str):
