@@ -125,27 +125,36 @@ def run():
 
 FAULTS = ROOT / "docs" / "faults.md"
 MARK = "| fault | what happened |\n|---|---|\n"
-_faults: dict[str, str] = {}
+_faults: list[tuple[str, str, str]] = []  # file of the test, fault, what happened
 
 
 @pytest.fixture
-def tried():
+def tried(record_property):
     """Note a fault and what happened, for the table in docs/faults.md, which has to name it.
 
-    `FAULTS=1 python -m pytest -n 0` makes the table anew.
+    `FAULTS=1 python -m pytest` makes the table anew.
     """
 
     def note(fault: str, happened: str):
-        _faults[fault] = happened
+        record_property("fault", (fault, happened))
         assert "FAULTS" in os.environ or f"| {fault} |" in FAULTS.read_text(), f"{FAULTS} lacks {fault!r}"
 
     return note
 
 
+def pytest_runtest_logreport(report):
+    """Called in pytest's own process also for what its workers ran."""
+    if report.when == "call":
+        found = [value for name, value in report.user_properties if name == "fault"]
+        _faults.extend((report.location[0], *value) for value in found)
+
+
 def pytest_sessionfinish():
-    if "FAULTS" in os.environ and _faults:
+    if "FAULTS" in os.environ and _faults and "PYTEST_XDIST_WORKER" not in os.environ:
         head, _, _ = FAULTS.read_text().partition(MARK)
-        FAULTS.write_text(head + MARK + "".join(f"| {a} | {b} |\n" for a, b in _faults.items()))
+        in_order = sorted(_faults, key=lambda fault: fault[0])  # workers take files in any order
+        rows = dict.fromkeys(f"| {fault} | {happened} |\n" for _, fault, happened in in_order)
+        FAULTS.write_text(head + MARK + "".join(rows))
 
 
 @pytest.fixture
