@@ -58,7 +58,7 @@ def check_condition(condition, objects: dict[str, int], where: str) -> list[str]
         raise InputError(f"{where}: expected a list of 1 to {MAX_OBJECTS} objects, got {shown(condition)}")
     for name in condition:
         if not isinstance(name, str) or name not in objects:
-            nearest = did_you_mean(str(name), objects, otherwise=", expected a name from objects.json")
+            nearest = did_you_mean(str(name), objects)
             raise InputError(f"{where}: unknown object {shown(name)}{nearest}")
         if condition.count(name) > 1:
             raise InputError(f"{where}: {shown(name)} stands there twice, expected different objects")

@@ -26,35 +26,55 @@ COMPILE_FROM = 12_000
 _SWITCHES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 _SWITCHES += ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER")
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by mpirun and srun
+
+
+def flag(name: str) -> bool:
+    """Whether a variable of accelerate is set to yes. Raises InputError for words that mean neither."""
+    try:
+        return bool(parse_flag_from_env(name))
+    except ValueError:
+        raise InputError(f"{name}: expected true or false, got {shown(os.environ[name])}") from None
 
 
 def check_environment():
     """Raise InputError if a variable asks for what no command does, or describes processes in part."""
     for name in _SWITCHES:
-        if parse_flag_from_env(name):
+        if flag(name):
             raise InputError(
                 f"{name} is set: that is not supported; unset it, or run `accelerate config` anew"
             )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         raise InputError(f"ACCELERATE_DYNAMO_BACKEND is {backend}: compiling is chosen by itself; unset it")
-    given = [name for name in _RANKS if os.environ.get(name, "-1") != "-1"]
-    name = os.environ.get("ACCELERATE_TORCH_DEVICE")
-    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    if name is not None and (given or name.partition(":")[0] != kind):
-        raise InputError(
-            f"ACCELERATE_TORCH_DEVICE is {shown(name)}: expected a device of the kind {kind}, and a single "
-            f"process; unset it, and choose GPUs by CUDA_VISIBLE_DEVICES"
-        )
-    missing = [name for name in (*_RANKS, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if given and missing:
+    for name in (*_RANKS, *_MPI_SIZES):
+        if not os.environ.get(name, "0").removeprefix("-").isdecimal():
+            raise InputError(f"{name}: expected a number, got {shown(os.environ[name])}")
+    given = [name for name in _RANKS if int(os.environ.get(name, -1)) >= 0]
+    expected = [*_RANKS, "MASTER_ADDR", "MASTER_PORT"] if given else []
+    by_mpi = [name for name in _MPI_SIZES if int(os.environ.get(name, 1)) > 1]
+    if by_mpi and not given:
+        given, expected = by_mpi, ["MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in expected if not os.environ.get(name)]
+    if missing:
         raise InputError(
             f"{', '.join(given)} is set but not {', '.join(missing)}: start several processes by torchrun or "
             f"accelerate launch, or unset it"
         )
-    for name in given:
-        if not os.environ[name].isdecimal():
-            raise InputError(f"{name}: expected a number, got {shown(os.environ[name])}")
+    _check_device(given)
+
+
+def _check_device(given: list[str]):
+    """Raise InputError if the environment names a device that there is not, or one for several processes,
+    of which the variables `given` tell."""
+    name = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    known = [kind, *(f"{kind}:{i}" for i in range(torch.cuda.device_count()))]
+    if name is not None and (given or name not in known):
+        raise InputError(
+            f"ACCELERATE_TORCH_DEVICE is {shown(name)}: expected a device of the kind {kind}, and a single "
+            f"process; unset it, and choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
 
 
 def join_processes() -> PartialState:
@@ -62,7 +82,7 @@ def join_processes() -> PartialState:
     by NCCL on GPUs and by gloo without. Raises InputError where accelerate did not start those asked for, and
     as `check_environment`."""
     check_environment()
-    is_cpu_asked_for = parse_flag_from_env("ACCELERATE_USE_CPU")  # accelerate launch --cpu
+    is_cpu_asked_for = flag("ACCELERATE_USE_CPU")  # accelerate launch --cpu
     processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 0)
     if is_cpu_asked_for and "MASTER_ADDR" in os.environ and not processes:
         raise InputError(

@@ -28,6 +28,9 @@ SWITCHES = [  # variables, what the line names
         "RANK, WORLD_SIZE is set but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT",
     ),
     ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "WORLD_SIZE is set but not RANK, LOCAL_RANK, MASTER_P"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is set but not MASTER_ADDR, MASTER_PORT"),
+    ({"RANK": "first"}, "RANK: expected a number, got 'first'"),
+    ({"ACCELERATE_USE_FSDP": "perhaps"}, "ACCELERATE_USE_FSDP: expected true or false, got 'perhaps'"),
 ]
 
 
