@@ -114,7 +114,8 @@ def load_metadata(folder: Path) -> dict:
     """What is noted beside weights. Raises InputError."""
     path = folder / METADATA_NAME
     if not folder.exists():
-        known = [os.path.relpath(found) for found in known_weights()]
+        here = Path.cwd()
+        known = [str(p.relative_to(here) if p.is_relative_to(here) else p) for p in known_weights()]
         raise InputError(f"{path}: no such file{did_you_mean(str(folder), known)}")
     metadata = check_fields(load_json(path), METADATA, path)
     if metadata["model"] not in PRESETS:

@@ -35,7 +35,8 @@ if [ -n "${DRY_RUN:-}" ]; then
     bench=(--models small --pairs 1 --block 1 --batch-size 4 --sample-steps 2)
     small=(--batch-size 4 --max-steps 2) small_longer=(--batch-size 4 --max-steps 1)
     reference_model=small
-    reference=(--batch-size 4 --max-steps 2) reference_longer=(--batch-size 4 --max-steps 3)
+    reference=(--batch-size 4 --lr-schedule constant --max-steps 2)
+    reference_longer=(--batch-size 4 --lr-schedule constant --max-steps 3)
     few=(--num-images 2 --steps 2 --sampler dpmsolver++)
     all_steps=(--num-images 1 --steps 3) seeds=(--num-images 2 --steps 2)
 fi

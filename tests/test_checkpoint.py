@@ -409,16 +409,17 @@ def test_half_the_batch_twice_is_the_same(pictures, tmp_path):
 
 
 @pytest.fixture
-def six(tmp_path):
+def six(tmp_path, seedling):
     """Six conditions, and the command that paints them in batches of two."""
     chosen = json.loads((ROOT / "validation.json").read_text())[::11]
     (tmp_path / "six.json").write_text(json.dumps(chosen))
-    argv = ["--mode", tmp_path / "six.json", "--weights", SHIPPED, "--steps", 3, "--batch-size", 2]
+    argv = ["--mode", tmp_path / "six.json", "--weights", seedling, "--steps", 3, "--batch-size", 2]
     return list(map(str, [*argv, "--out", tmp_path / "out"]))
 
 
 def test_sampling_goes_on_after_kills(six, tmp_path, tried):
-    sample.main([*six[:-1], str(tmp_path / "whole")])
+    six = [*six, "--weights", str(SHIPPED)]  # which take their time
+    sample.main([*six, "--out", str(tmp_path / "whole")])
     folder, seen = tmp_path / "out" / "six", set()
     moments = random.Random(time.time_ns())
     for _ in range(5):
@@ -495,17 +496,17 @@ def test_other_settings_want_overwrite(six, tmp_path, capsys, refused, tried, wh
     )
 
 
-def test_what_changes_no_picture_does_not_count(six, tmp_path, capsys):
+def test_what_changes_no_picture_does_not_count(six, seedling, tmp_path, capsys):
     """Another path of the same weights, other threads, another size of batches; more pictures are added."""
     sample.main(six)
     out = tmp_path / "out" / "six"
     first = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    shutil.copytree(SHIPPED, tmp_path / "copy")
+    shutil.copytree(seedling, tmp_path / "copy")
     argv = [*six, "--weights", str(tmp_path / "copy"), "--batch-size", "3"]
     threads = torch.get_num_threads()
     torch.set_num_threads(threads % 2 + 1)
     try:
-        sample.main([*argv, "--guidance-interval", "0", "750"])  # what the weights say themselves
+        sample.main([*argv, "--guidance-interval", "0", "750"])  # of a guidance that there is not
     finally:
         torch.set_num_threads(threads)
     assert "(all there before)" in capsys.readouterr().out
@@ -525,7 +526,7 @@ def test_what_changes_no_picture_does_not_count(six, tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_two_samplers_in_one_folder(six, tmp_path, number):
     """The second is refused; a stop of the first, before any picture is there, leaves nothing."""
-    first = children.start("sample", [*six, "--steps", 500], tmp_path)
+    first = children.start("sample", [*six, "--steps", 1000], tmp_path)
     wait_for(lambda: (tmp_path / "out" / "six" / ".lock").exists())
     (tmp_path / "second").mkdir()
     second = children.start("sample", six, tmp_path / "second")

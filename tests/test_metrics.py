@@ -162,7 +162,7 @@ def test_a_line_for_each_folder(samples, tmp_path, capsys, refused):
     refused(metrics.main, [tmp_path / "four"], "four.json: expected the report that sample.py writes")
 
 
-def test_the_page(samples, tmp_path, refused, capsys):
+def test_the_page(samples, pictures, tmp_path, refused, capsys):
     page = tmp_path / "page.html"
     report.main([str(samples), "--out", str(page), "--data", str(PACK)])
     text = page.read_text()
@@ -183,7 +183,8 @@ def test_the_page(samples, tmp_path, refused, capsys):
     stored = (samples / "train.json").read_text()
     turned = json.loads(stored)
     (samples / "train.json").write_text(json.dumps(turned | {"conditions": turned["conditions"][::-1]}))
-    refused(report.main, [samples, "--data", PACK], f"{samples / 'train'}: not the conditions of")
+    argv = [samples, "--data", PACK, "--held-out", pictures]
+    refused(report.main, argv, f"{samples / 'train'}: not the conditions of")
     (samples / "train.json").write_text(stored)
     assert not (samples / "report.html").exists()
 

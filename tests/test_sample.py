@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import LAUNCH, ROOT, TINY, TORCHRUN
+from conftest import LAUNCH, ROOT, TINY
 from PIL import Image
 
 import evaluator
@@ -137,11 +137,10 @@ def test_a_run_is_found_and_its_youth_told(clone, pictures, run, conditions):
     assert len(list((clone / "images" / "six").iterdir())) == 6
 
 
-@pytest.mark.parametrize("launcher", [LAUNCH, TORCHRUN], ids=["accelerate", "torchrun"])
-def test_two_processes_paint_what_one_does(tmp_path, conditions, run, launcher):
+def test_two_processes_paint_what_one_does(tmp_path, conditions, run):
     """Eleven pictures of a list of six, each with its own condition and seed."""
     common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, *FP32, "--num-images"]
-    process = run(ROOT, *launcher, "sample.py", *common, 11, "--batch-size", 2, "--out", tmp_path / "two")
+    process = run(ROOT, *LAUNCH, "sample.py", *common, 11, "--batch-size", 2, "--out", tmp_path / "two")
     assert process.returncode == 0, process.stderr[-3000:]
     assert "setup: cpu, 2 processes, fp32" in process.stdout
     sample.main(list(map(str, [*common, 11, "--out", tmp_path / "one"])))

@@ -3,9 +3,8 @@
 import json
 import math
 
-import pytest
 import torch
-from conftest import LAUNCH, METADATA, ROOT, TINY, TORCHRUN
+from conftest import METADATA, ROOT, TINY, TORCHRUN
 from safetensors.torch import load_file
 
 import checkpoint
@@ -60,14 +59,13 @@ def test_training_learns(pictures, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("launcher", [LAUNCH, TORCHRUN], ids=["accelerate", "torchrun"])
-def test_two_processes_train_what_one_does(pictures, tmp_path, run, launcher):
+def test_two_processes_train_what_one_does(pictures, tmp_path, run):
     """With averaged weights and label dropout; after 20 steps only rounding differs. With AdamW: Muon works
-    in bf16, in which the order of a sum shows."""
+    in bf16, in which the order of a sum shows. `accelerate launch`: test_several_processes_stop_together."""
     common = [*TINY, "--data", pictures, "--label-dropout", 0.3, "--warmup-steps", 0, "--learning-rate", 1e-4]
     common += ["--optimizer", "adamw", "--max-steps", 20]
     train.main(list(map(str, [*common, "--out", tmp_path / "one"])))
-    process = run(train.ROOT, *launcher, "train.py", *common, "--out", tmp_path / "two")
+    process = run(train.ROOT, *TORCHRUN, "train.py", *common, "--out", tmp_path / "two")
     assert process.returncode == 0, process.stderr[-3000:]
     assert "setup: cpu, 2 processes, fp32" in process.stdout
     torch.manual_seed(0)
