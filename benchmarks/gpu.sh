@@ -33,10 +33,11 @@ reference_model=reference reference=(--epochs 40) reference_longer=(--epochs 150
 few=(--seeds 10 --steps 20 --sampler dpmsolver++) all_steps=(--seeds 2) seeds=(--seeds 10)
 if [ -n "${DRY_RUN:-}" ]; then
     bench=(--models small --pairs 1 --block 1 --batch-size 4 --sample-steps 2)
-    small=(--batch-size 4 --max-steps 2) small_longer=(--batch-size 4 --max-steps 1)
+    small=(--batch-size 4 --max-steps 2)
+    small_longer=(--batch-size 4 --max-steps 1 --sample-every 0)
     reference_model=small
     reference=(--batch-size 4 --lr-schedule constant --max-steps 2)
-    reference_longer=(--batch-size 4 --lr-schedule constant --max-steps 3)
+    reference_longer=(--batch-size 4 --lr-schedule constant --max-steps 3 --sample-every 0)
     few=(--num-images 2 --steps 2 --sampler dpmsolver++)
     all_steps=(--num-images 1 --steps 3) seeds=(--num-images 2 --steps 2)
 fi

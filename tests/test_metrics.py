@@ -164,7 +164,8 @@ def test_a_line_for_each_folder(samples, tmp_path, capsys, refused):
 
 def test_the_page(samples, pictures, tmp_path, refused, capsys):
     page = tmp_path / "page.html"
-    report.main([str(samples), "--out", str(page), "--data", str(PACK)])
+    argv = ["--data", str(PACK), "--held-out", str(pictures)]  # few renders
+    report.main([str(samples), "--out", str(page), *argv])
     text = page.read_text()
     judged = metrics.load_samples(samples / "four")[1].part(range(4))
     wrong = int((~(judged.exact & judged.counted)).sum())
@@ -183,8 +184,7 @@ def test_the_page(samples, pictures, tmp_path, refused, capsys):
     stored = (samples / "train.json").read_text()
     turned = json.loads(stored)
     (samples / "train.json").write_text(json.dumps(turned | {"conditions": turned["conditions"][::-1]}))
-    argv = [samples, "--data", PACK, "--held-out", pictures]
-    refused(report.main, argv, f"{samples / 'train'}: not the conditions of")
+    refused(report.main, [samples, *argv], f"{samples / 'train'}: not the conditions of")
     (samples / "train.json").write_text(stored)
     assert not (samples / "report.html").exists()
 
