@@ -36,7 +36,7 @@ def training_step(train, model: str, folder: Path) -> tuple[int, int, int]:
 def sampling_step(sample, weights: Path, folder: Path) -> tuple[int, int, int]:
     costs = []
     for steps in ("2", "3"):
-        argv = ["--mode", "test", "--weights", str(weights), "--out", str(folder / steps)]
+        argv = ["--mode", "test", "--weights", str(weights), "--out", str(folder / f"{weights.name}-{steps}")]
         argv += ["--steps", steps, "--sampler", "ddim", "--batch-size", "32"]
         argv += ["--guidance-scale", "1", "--negative-scale", "0"]
         with fakecuda.Cuda() as cuda:
