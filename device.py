@@ -26,6 +26,7 @@ COMPILE_FROM = 12_000
 _SWITCHES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 _SWITCHES += ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER")
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by mpirun and srun
 
 
@@ -50,13 +51,11 @@ def check_environment():
     for name in (*_RANKS, *_MPI_SIZES):
         if not os.environ.get(name, "0").removeprefix("-").isdecimal():
             raise InputError(f"{name}: expected a number, got {shown(os.environ[name])}")
-    given = [name for name in _RANKS if int(os.environ.get(name, -1)) >= 0]
-    expected = [*_RANKS, "MASTER_ADDR", "MASTER_PORT"] if given else []
-    by_mpi = [name for name in _MPI_SIZES if int(os.environ.get(name, 1)) > 1]
-    if by_mpi and not given:
-        given, expected = by_mpi, ["MASTER_ADDR", "MASTER_PORT"]
+    ranks = [name for name in _RANKS if int(os.environ.get(name, -1)) >= 0]
+    given = ranks or [name for name in _MPI_SIZES if int(os.environ.get(name, 1)) > 1]
+    expected = [*_RANKS, *_ADDRESS] if ranks else _ADDRESS
     missing = [name for name in expected if not os.environ.get(name)]
-    if missing:
+    if given and missing:
         raise InputError(
             f"{', '.join(given)} is set but not {', '.join(missing)}: start several processes by torchrun or "
             f"accelerate launch, or unset it"
@@ -68,9 +67,11 @@ def _check_device(given: list[str]):
     """Raise InputError if the environment names a device that there is not, or one for several processes,
     of which the variables `given` tell."""
     name = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if name is None:
+        return
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     known = [kind, *(f"{kind}:{i}" for i in range(torch.cuda.device_count()))]
-    if name is not None and (given or name not in known):
+    if given or name not in known:
         raise InputError(
             f"ACCELERATE_TORCH_DEVICE is {shown(name)}: expected a device of the kind {kind}, and a single "
             f"process; unset it, and choose GPUs by CUDA_VISIBLE_DEVICES"
@@ -83,7 +84,7 @@ def join_processes() -> PartialState:
     as `check_environment`."""
     check_environment()
     is_cpu_asked_for = flag("ACCELERATE_USE_CPU")  # accelerate launch --cpu
-    processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 0)
+    processes = get_int_from_env(["WORLD_SIZE", *_MPI_SIZES], 0)
     if is_cpu_asked_for and "MASTER_ADDR" in os.environ and not processes:
         raise InputError(
             "accelerate launch --cpu starts a single process, whatever --num_processes says, unless it has "

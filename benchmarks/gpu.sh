@@ -7,7 +7,7 @@
 #   benchmarks/gpu.sh reference     # the reference recipe, 40 epochs
 #   benchmarks/gpu.sh longer        # both for longer: the reference to 150 epochs
 #   benchmarks/gpu.sh all           # one after the other, each until it is done
-#   DRY_RUN=1 benchmarks/gpu.sh all # every stage on a CPU, a few steps each, in under three minutes
+#   DRY_RUN=1 benchmarks/gpu.sh all # every stage on a CPU, a few steps each, in some minutes
 #
 # A stage's results (JSON, grids, curves, weights in half precision) lie in $WORK/results/STAGE and leave as
 # $OUT/STAGE.tar.*, pieces of 15 MiB: cat STAGE.tar.* | tar x. Checkpoints stay in $WORK, which should be a

@@ -1,6 +1,6 @@
 """What a training step and a sampling step cost a GPU's host: kernels, waits, bytes. Counted, not timed.
 
-    python benchmarks/launches.py                  # a minute; needs no GPU, but a C compiler
+    python benchmarks/launches.py                  # two minutes; needs no GPU, but a C compiler
     python benchmarks/launches.py --tree DIR       # the scripts of another checkout of this project
 
 The scripts run uncompiled on a CUDA device that is not there (tests/fakecuda.py). A training step is the

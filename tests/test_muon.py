@@ -2,17 +2,26 @@
 
 import copy
 
+import pytest
 import torch
 from timm.optim import Muon as TimmMuon
 
+from device import has_fast_bf16
 from model import build
 from muon import Muon
 
+is_slow = not has_fast_bf16(torch.device("cpu"))
+PRESETS = [
+    pytest.param("small", marks=pytest.mark.skipif(is_slow, reason="minutes without bf16")),
+    "tiny-mixed",
+]
 
-def test_the_same_weights_after_some_steps():
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_same_weights_after_some_steps(preset):
     """From the same gradients, bit for bit."""
     torch.manual_seed(0)
-    ours, _ = build("tiny-mixed")
+    ours, _ = build(preset)
     theirs = copy.deepcopy(ours)
     optimizers = [
         Muon(ours.parameters(), lr=3e-3, dtype=torch.bfloat16),
@@ -28,10 +37,11 @@ def test_the_same_weights_after_some_steps():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_the_order_of_memory_changes_rounding_alone():
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_order_of_memory_changes_rounding_alone(preset):
     """As on a GPU, where convolutions are channels_last: columns are then orthogonalised in another order."""
     torch.manual_seed(0)
-    ours, _ = build("tiny-mixed")
+    ours, _ = build(preset)
     ours.to(memory_format=torch.channels_last)
     theirs = copy.deepcopy(ours)
     start = torch.cat([p.detach().flatten() for p in ours.parameters()])
