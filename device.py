@@ -15,6 +15,11 @@ from commands import InputError, shown
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's names
 
+# PyTorch's own attention kernels in place of cuDNN's: on Hopper GPUs, with PyTorch 2.11 and later,
+# cuDNN's backward pass gives NaN now and then where the number of tokens is 64 modulo 128, as in `small`
+# (github.com/pytorch/pytorch/issues/196678).
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # Passes through the network from which on compiling pays. For `reference` compiling takes about a minute in
 # sampling and two to three in training (benchmarks/codegen.py). A pass then saves some 4.5 ms on an H100, an
 # estimate, and a training step, which goes back as well, three times that.

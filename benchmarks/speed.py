@@ -225,8 +225,8 @@ def plain_sampling(model, noise_scheduler: DDPMScheduler, label: torch.Tensor, s
     scheduler = DDPMScheduler.from_config(noise_scheduler.config)
     scheduler.set_timesteps(1000)
     images = torch.randn(len(label), 3, 64, 64, device=label.device)
-    for t in scheduler.timesteps[:steps].to(label.device):
-        timesteps = t.expand(len(label))
+    for t in scheduler.timesteps[:steps]:
+        timesteps = t.to(label.device).expand(len(label))
         prediction = model(images, timesteps, label)
         if scale != 1:
             unconditional = model(images, timesteps, torch.zeros_like(label))
@@ -397,8 +397,8 @@ def main():
             results["models"][preset][what] = function(preset, args, data, device)
             gc.collect()
             torch.compiler.reset()
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+            if args.json:  # after each part: a machine that is lent may be taken back
+                args.json.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 
