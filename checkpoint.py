@@ -10,18 +10,7 @@ what happened: docs/faults.md. As a script, make weights to ship:
 import argparse
 from pathlib import Path
 
-from commands import (
-    ROOT,
-    STOP,
-    InputError,
-    Parser,
-    command,
-    did_you_mean,
-    handled,
-    read_early,
-    shown,
-    to_path,
-)
+from infra.commands import ROOT, InputError, Parser, command, did_you_mean, read_early, shown, to_path
 from options import PRESETS, check_options
 
 
@@ -35,29 +24,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     read_early(parse_args)
 
-import contextlib
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import secrets
 import shutil
-import signal
-import socket
-import threading
 from collections import defaultdict
-from collections.abc import Iterator
 
 import torch
 from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import get_total_norm
-from torchvision.transforms.functional import to_pil_image
 
-from files import (
+from infra.files import (
     check_fields,
     flush,
     load_json,
@@ -65,7 +47,6 @@ from files import (
     remove_temporaries,
     temporary_beside,
     write_json,
-    write_whole,
 )
 from model import ConditionalUNet, load_network, load_noise_scheduler
 
@@ -174,12 +155,6 @@ def fingerprint(folder: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- writing
-
-
-def write_picture(path: Path, image: torch.Tensor):
-    """Write a picture, uint8 [3, H, W] on the CPU, as PNG."""
-    to_pil_image(image).save(content := io.BytesIO(), "PNG")
-    write_whole(path, content.getvalue())
 
 
 def in_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -333,58 +308,6 @@ def load_optimizer(optimizer, parameters: list[torch.nn.Parameter], path: Path):
     if missing := [i for i, values in state.items() if not values]:
         raise InputError(f"{path}: nothing of parameter {missing[0]} of {len(parameters)}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def open_log(path: Path, step: int):
-    """Open log.jsonl to append, without what a stopped run wrote past `step`, or wrote in part."""
-    path.touch()
-    size = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-        except (ValueError, TypeError, KeyError):
-            break
-        size += len(line)
-    os.truncate(path, size)  # in place, which a full disk lets through
-    return path.open("a", buffering=1)
-
-
-@contextlib.contextmanager
-def clean_stop(processes: int) -> Iterator[list[int]]:
-    """Within it Ctrl-C and the signals by which systems end a command (SIGTERM, a closed terminal's SIGHUP,
-    Slurm's SIGUSR1) only join the list of signals, for a loop to look at and end by itself.
-
-    A Ctrl-C after that ends the process at once. Not one of several `processes`: their launcher passes on
-    what the terminal has sent them already, and ends them itself when it is asked again.
-    """
-    received: list[int] = []
-    numbers = handled([*STOP, signal.SIGINT])
-    if not numbers:  # outside of the main thread, where Python allows no handlers
-        yield received
-        return
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-
-    def watch():  # in a thread, as Python's own handlers wait for the end of a backward pass
-        with ours:
-            while content := ours.recv(1):
-                number = content[0]
-                if number in numbers:
-                    received.append(number)
-                if processes == 1 and number == signal.SIGINT and len(received) > 1:
-                    os._exit(130)
-
-    threading.Thread(target=watch, daemon=True).start()
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    before_descriptor = signal.set_wakeup_fd(theirs.fileno())
-    try:
-        yield received
-    finally:
-        signal.set_wakeup_fd(before_descriptor)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        theirs.close()
 
 
 @command

@@ -10,7 +10,7 @@ From code: `evaluation_model().eval(images, labels)`, as in the lab's own evalua
 import argparse
 from pathlib import Path
 
-from commands import ROOT, InputError, Parser, command, number, read_early, shown, to_path, to_seed
+from infra.commands import ROOT, InputError, Parser, command, number, read_early, shown, to_path, to_seed
 from options import PRECISIONS
 
 
@@ -56,19 +56,11 @@ from torchvision.models import resnet18
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
-from dataset import (
-    NUM_OBJECTS,
-    ICLEVRDataset,
-    load_conditions,
-    load_labels,
-    load_objects,
-    multi_hot,
-    read_picture,
-    split_by_scene,
-    to_float,
-)
-from device import choose_precision, explained, join_processes, new_accelerator
-from files import load_json, write_whole
+from dataset import ICLEVRDataset, read_picture, to_float
+from infra.device import choose_precision, explained, join_processes, new_accelerator
+from infra.files import load_json, write_whole
+from labels import load_conditions, load_labels, load_objects, multi_hot, split_by_scene
+from options import NUM_OBJECTS
 from scoring import (
     BATCH_SIZE,  # noqa: F401 - code that uses this module may know it from here
     Scoring,

@@ -10,9 +10,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch.nn import functional as F
 
-from commands import InputError, shown
-from dataset import IMAGE_SIZE, NUM_OBJECTS, load_json
-from options import PRESETS
+from infra.commands import InputError, shown
+from infra.files import load_json
+from options import IMAGE_SIZE, NUM_OBJECTS, PRESETS
 
 
 class ConditionalUNet(ModelMixin, ConfigMixin):

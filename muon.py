@@ -10,7 +10,7 @@ import torch
 from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
 from timm.optim.nadamw import nadamw
 
-from device import has_fast_bf16
+from infra.device import has_fast_bf16
 
 MOMENTUM, BETAS, EPSILON = 0.95, (0.9, 0.95), 1e-7  # timm's
 # Of the five Newton-Schulz iterations (leloykun.github.io/ponder/muon-opt-coeffs), timm's "quintic".

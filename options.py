@@ -1,9 +1,12 @@
-"""What can be chosen: presets, samplers, and the ranges of options.
+"""Plain data: what the task fixes, and what a user can choose.
 
-Plain data: a script reads its options by it before it loads PyTorch.
+Nothing here takes time to import, so a script can read its options before it loads PyTorch.
 """
 
-from commands import InputError, shown
+from infra.commands import InputError, shown
+
+IMAGE_SIZE = 64
+NUM_OBJECTS = 24
 
 # Trailing timesteps: sampling with few steps then starts where training ended (arXiv 2305.08891).
 _COSINE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}

@@ -10,17 +10,8 @@ accelerate launch sample.py --mode test --num-images 50000   # several GPUs: the
 import argparse
 from pathlib import Path
 
-from commands import (
-    ROOT,
-    InputError,
-    Parser,
-    command,
-    number,
-    read_early,
-    signals_interrupt,
-    to_path,
-    to_seed,
-)
+from infra.commands import ROOT, InputError, Parser, command, number, read_early, to_path, to_seed
+from infra.signals import signals_interrupt
 from options import PRECISIONS, RANGES, SAMPLERS
 
 
@@ -86,19 +77,13 @@ import torch
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from checkpoint import (
-    SHIPPED,
-    fingerprint,
-    load_weights,
-    newest,
-    newest_weights,
-    write_picture,
-)
-from dataset import load_objects, multi_hot, read_pictures, to_uint8
-from device import choose_precision, choose_setup, explained, join_processes, prepare
-from files import file_sha256, lock, write_json
-from lists import SAMPLING_VERSION, STRIP, PictureList, load_list
-from sampling import STOCHASTIC, batch_size_for, paint
+from checkpoint import SHIPPED, fingerprint, load_weights, newest, newest_weights
+from dataset import read_pictures, to_uint8, write_picture
+from diffusion import STOCHASTIC, batch_size_for, paint
+from infra.device import choose_precision, choose_setup, explained, join_processes, prepare
+from infra.files import file_sha256, lock, write_json
+from infra.lists import SAMPLING_VERSION, STRIP, PictureList, load_list
+from labels import load_objects, multi_hot
 from scoring import Scoring, load_evaluator
 
 

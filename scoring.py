@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from commands import InputError
-from dataset import IMAGE_SIZE, NUM_OBJECTS, to_float
-from device import explained
+from dataset import to_float
+from infra.commands import InputError
+from infra.device import explained
+from options import IMAGE_SIZE, NUM_OBJECTS
 
 BATCH_SIZE = 250  # pictures that a network is given at once
 OFFICIAL_BLOB = (

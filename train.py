@@ -12,7 +12,7 @@ classifier-free guidance (arXiv 2207.12598).
 import argparse
 from pathlib import Path
 
-from commands import ROOT, InputError, Parser, command, number, read_early, to_path, to_seed
+from infra.commands import ROOT, InputError, Parser, command, number, read_early, to_path, to_seed
 from options import OPTIMIZERS, PRECISIONS, PRESETS
 
 
@@ -74,26 +74,16 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import checkpoint
-import tracking
-from dataset import (
-    NUM_OBJECTS,
-    ICLEVRDataset,
-    load_conditions,
-    load_data,
-    load_labels,
-    load_objects,
-    multi_hot,
-    to_float,
-    to_uint8,
-    twin_labels,
-    unseen_triples,
-)
-from device import Setup, choose_setup, explained, join_processes, new_accelerator
-from files import lock, text_sha256
+from dataset import ICLEVRDataset, load_data, to_float, to_uint8
+from diffusion import generate, picture_seed
+from infra import tracking
+from infra.device import Setup, choose_setup, explained, join_processes, new_accelerator
+from infra.files import lock, text_sha256
+from infra.watch import Watch
+from labels import load_conditions, load_labels, load_objects, multi_hot, twin_labels, unseen_triples
 from model import build
 from muon import Muon
-from sampling import generate, picture_seed
-from watch import Watch
+from options import NUM_OBJECTS
 
 OPTIMIZER_CLASSES = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
 SAVE_EVERY = 600  # seconds, without --save-every

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fakecuda
 
-from device import Setup, new_accelerator, prepare
+from infra.device import Setup, new_accelerator, prepare
 from model import build
 
 MODE = "reduce-overhead"  # of torch.compile, as device.py chooses it: with CUDA graphs

@@ -25,7 +25,7 @@ CARD = ("NVIDIA H100", 9, 0)
 
 
 def training_step(train, model: str, folder: Path) -> tuple[int, int, int]:
-    argv = ["--model", model, "--data", str(ROOT / "held_out.npz"), "--out", str(folder / model)]
+    argv = ["--model", model, "--data", str(ROOT / "data" / "held_out.npz"), "--out", str(folder / model)]
     argv += ["--max-steps", "9", "--batch-size", "32", "--sample-every", "0", "--save-every", "5"]
     with fakecuda.Cuda(), contextlib.suppress(RuntimeError, SystemExit):  # some trees fail when they save
         train.main(argv)

@@ -18,4 +18,4 @@ more --out $out/evaluator_guided --mode test new_test --seeds 10 --evaluator-sca
 if [ $# -gt 0 ]; then
     more --out $out/lab --mode "$1/test.json" "$1/new_test.json" --seeds 10
 fi
-python report.py $out --out docs/report.html --data iclevr.npz --figures docs/guidance.png docs/negatives.png
+python -m report $out --out docs/report.html --data data/iclevr.npz --figures docs/guidance.png docs/negatives.png

@@ -38,12 +38,14 @@ from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from commands import ROOT, number
-from dataset import PACK, ICLEVRDataset, load_objects, read_picture, to_float
-from device import Setup, choose_setup, has_fast_bf16, join_processes, new_accelerator, prepare
+from data.pack import PACK
+from dataset import ICLEVRDataset, read_picture, to_float
+from diffusion import batch_size_for, generate
+from infra.commands import ROOT, number
+from infra.device import Setup, choose_setup, has_fast_bf16, join_processes, new_accelerator, prepare
+from labels import load_objects
 from model import build
 from options import PRECISIONS, PRESETS
-from sampling import batch_size_for, generate
 
 FILES = 2000  # PNGs that the plain loop reads: more would all be in the system's cache just so
 

@@ -11,10 +11,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, and before PyTorch cou
 import pytest
 import torch
 
-import render
 import sample
 import train
 from checkpoint import write_weights
+from data import render
 from model import ConditionalUNet, build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +77,7 @@ def good(pictures, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     write_weights(folder / "weights", ConditionalUNet(**TINY_NETWORK), build("small")[1], METADATA)
     shutil.copy(ROOT / "weights" / "evaluator.pth", folder)
-    shutil.copy(ROOT / "held_out.npz", folder / "pack.npz")
+    shutil.copy(ROOT / "data" / "held_out.npz", folder / "pack.npz")
     before = Path.cwd()
     os.chdir(folder)
     train.main([*TRAIN.split(), "--max-steps", "2"])
@@ -101,10 +101,13 @@ def clone(tmp_path) -> Path:
     """The project as a new user has it: scripts, label files, pictures, weights."""
     folder = tmp_path / "clone"
     folder.mkdir()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "report.jinja"]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.json")]:
         shutil.copy(path, folder)
+    for name in ("infra", "report"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*.npz"))
     shutil.copytree(ROOT / "weights", folder / "weights")
-    (folder / "iclevr.npz").symlink_to(ROOT / "iclevr.npz")
+    (folder / "data" / "iclevr.npz").symlink_to(ROOT / "data" / "iclevr.npz")
     return folder
 
 

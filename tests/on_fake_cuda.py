@@ -25,13 +25,13 @@ warnings.simplefilter("ignore")  # of tensors without numbers
 
 import torch
 
-import device
-import metrics
-import report
 import sample
 import scoring
 import train
+from infra import device
 from options import PRESETS
+from report import __main__ as report
+from report import metrics
 
 # The reference's network, narrower: as many layers, so as many kernels.
 PRESETS["reference"]["network"] = {"block_out_channels": (32, 32, 64, 64, 64, 64)}

@@ -20,11 +20,11 @@ from conftest import LAUNCH, METADATA, ROOT, TINY
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import lists
 import sample
 import train
 from checkpoint import checkpoints, write_weights
-from commands import InputError
+from infra import lists
+from infra.commands import InputError
 from model import ConditionalUNet, build
 
 SHIPPED = ROOT / "weights" / "small"

@@ -10,13 +10,13 @@ import threading
 import pytest
 from conftest import ROOT, TRAIN
 
-import commands
 import evaluator
 import sample
 import train
-from commands import InputError
-from dataset import load_conditions, load_objects
-from files import text_sha256
+from infra import commands
+from infra.commands import InputError
+from infra.files import text_sha256
+from labels import load_conditions, load_objects
 
 SCRIPTS = ("train", "sample", "evaluator", "metrics", "report", "checkpoint", "render")
 CODE = """
@@ -182,7 +182,7 @@ def test_nohup_is_respected():
 
 def test_a_mistake_is_told_where_there_is_no_stdout(tmp_path):
     """An InputError's line, though Python has no stream to begin with."""
-    command = f"{sys.executable} {ROOT / 'metrics.py'} nothing >&-; echo $? >code"
+    command = f"PYTHONPATH={ROOT} {sys.executable} -m report.metrics nothing >&-; echo $? >code"
     process = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )

@@ -11,19 +11,11 @@ from conftest import OFFICIAL, ROOT
 from PIL import Image
 
 import dataset
-import render
 import train
-from dataset import (
-    CACHE_NAME,
-    PACK,
-    ICLEVRDataset,
-    InputError,
-    load_labels,
-    load_objects,
-    mistaken_labels,
-    multi_hot,
-    twin_labels,
-)
+from data import render
+from data.pack import PACK
+from dataset import CACHE_NAME, ICLEVRDataset, InputError
+from labels import load_labels, load_objects, mistaken_labels, multi_hot, twin_labels
 
 OBJECTS = load_objects()
 LABELS = load_labels(ROOT / "train.json", OBJECTS)
@@ -227,7 +219,7 @@ def test_official_files_drop_in(clone, pictures, run):
         assert "another label file" in process.stderr
         if source == "iclevr.npz":
             shutil.copytree(pictures, clone / "iclevr")
-    assert run(clone, "render.py", "--limit", 2, "--size", "320x240", "--out", "lab").returncode == 0
+    assert run(clone, "-m", "data.render", "--limit", 2, "--size", "320x240", "--out", "lab").returncode == 0
     for path in (clone / "lab").glob("*.png"):
         Image.open(path).convert("RGBA").save(path)
     process = run(clone, *train_two, "--data", "lab")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import ROOT, TRAIN, listing
 
-import device
 import sample
 import train
-from commands import InputError
+from infra import device
+from infra.commands import InputError
 
 TRAINING = f"{TRAIN} --max-steps 1".replace("--out run", "--out new")
 SWITCHES = [  # variables, what the line names

@@ -12,9 +12,11 @@ from conftest import ROOT
 from torchvision.utils import save_image
 
 import evaluator
-from commands import InputError
-from dataset import PACK, ICLEVRDataset, load_objects, to_float
+from data.pack import PACK
+from dataset import ICLEVRDataset, to_float
 from evaluator import evaluation_model
+from infra.commands import InputError
+from labels import load_objects
 
 SHIPPED = ROOT / "weights" / "evaluator.pth"
 

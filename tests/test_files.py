@@ -12,12 +12,12 @@ from conftest import ROOT, TRAIN, listing
 
 import checkpoint
 import evaluator
-import files
-import metrics
-import render
-import report
 import sample
 import train
+from data import render
+from infra import files
+from report import __main__ as report
+from report import metrics
 
 LISTS = "--weights weights --evaluator evaluator.pth --mode"
 COMMANDS = {

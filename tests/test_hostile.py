@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import evaluator
-import metrics
-import report
 import sample
 import train
-from commands import InputError
-from dataset import load_conditions, load_labels, load_objects, read_picture
+from dataset import read_picture
+from infra.commands import InputError
+from labels import load_conditions, load_labels, load_objects
 from model import build, load_network, load_noise_scheduler
+from report import __main__ as report
+from report import metrics
 
 OBJECTS = load_objects()
 WEIGHTS, CONFIG = checkpoint.WEIGHTS_NAME, checkpoint.NETWORK_NAME
@@ -154,7 +155,7 @@ def pack(**members):
 
 
 def manifest(**changes) -> np.ndarray:
-    with np.load(ROOT / "held_out.npz") as file:
+    with np.load(ROOT / "data" / "held_out.npz") as file:
         return np.array(json.dumps(json.loads(str(file["manifest"])) | changes))
 
 
@@ -271,7 +272,7 @@ CASES = [  # the fault, the script that meets it, what spoils the good folder, w
      "pack.npz: not a manifest"),
     ("pack: 100 MB for 3 pictures", "train.npz",
      pack(manifest=manifest(scenes_done=1), differences=np.zeros(10**8, np.uint8)),
-     "pack.npz: not a pack made by `python render.py --pack` (100,000,128 bytes for 3 pictures)"),
+     "pack.npz: not a pack made by `python -m data.render --pack` (100,000,128 bytes for 3 pictures)"),
     ("pack: arrays of another shape", "train.npz", pack(differences=np.zeros((2, 2), np.uint8)),
      "expected differences of uint8 [scenes, steps, 64, 64, 3]"),
     ("pack: fewer pictures than told", "train.npz", pack(), "pack.npz: 3 pictures for 2100 of"),

@@ -9,13 +9,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-import metrics
-import render
-import report
 import sample
-from dataset import HELD_OUT, PACK, ICLEVRDataset, load_objects, multi_hot
+from data import render
+from data.pack import HELD_OUT, PACK
+from dataset import ICLEVRDataset
 from evaluator import evaluation_model
-from judge import Found, find_objects
+from labels import load_objects, multi_hot
+from report import __main__ as report
+from report import metrics
+from report.judge import Found, find_objects
 
 PAGE = ROOT / "docs" / "report.html"
 OBJECTS = load_objects()

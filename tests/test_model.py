@@ -9,8 +9,8 @@ from conftest import METADATA, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load_weights, write_weights
-from commands import InputError
-from device import choose_setup, compiler_trouble, join_processes, new_accelerator, prepare
+from infra.commands import InputError
+from infra.device import choose_setup, compiler_trouble, join_processes, new_accelerator, prepare
 from model import ConditionalUNet, build
 from options import PRESETS
 

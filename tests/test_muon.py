@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.optim import Muon as TimmMuon
 
-from device import has_fast_bf16
+from infra.device import has_fast_bf16
 from model import build
 from muon import Muon
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import OFFICIAL, ROOT
 from PIL import Image
 
-import render
-from dataset import load_conditions, load_labels, load_objects
-from files import file_sha256
+from data import render
+from infra.files import file_sha256
+from labels import load_conditions, load_labels, load_objects
 
 
 def kinds(path):
@@ -85,11 +85,12 @@ def test_same_bytes_for_any_number_of_workers_and_after_a_stop(pictures, tmp_pat
     render.main(["--limit", "2", "--workers", "2", "--out", str(tmp_path / "a")])
     files = sorted(p.name for p in (tmp_path / "a").glob("*.png"))
     assert len(files) == 6
-    command = [sys.executable, ROOT / "render.py", "--limit", "4", "--workers", "1", "--out", tmp_path / "a"]
+    command = [sys.executable, "-m", "data.render", "--limit", "4", "--workers", "1", "--out", tmp_path / "a"]
     # One worker takes a second for the last scene: time to be stopped in. As `nohup ... &` starts it: a shell
     # has such a process ignore Ctrl-C, but SIGTERM must stop it.
     process = subprocess.Popen(
         command,
+        cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),

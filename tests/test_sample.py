@@ -9,22 +9,14 @@ import torch
 from conftest import LAUNCH, ROOT, TINY
 from PIL import Image
 
+import diffusion
 import evaluator
 import sample
-import sampling
 import train
 from checkpoint import load_weights
-from dataset import (
-    PACK,
-    ICLEVRDataset,
-    load_conditions,
-    load_objects,
-    mistaken_labels,
-    multi_hot,
-    read_pictures,
-    to_float,
-    twin_labels,
-)
+from data.pack import PACK
+from dataset import ICLEVRDataset, read_pictures, to_float
+from labels import load_conditions, load_objects, mistaken_labels, multi_hot, twin_labels
 from model import build
 from options import SAMPLERS
 
@@ -81,7 +73,7 @@ def test_samplers_stay_in_range_and_repeat(sampler):
     model, noise_scheduler, _ = load_weights(SHIPPED)
     labels = multi_hot([["red cube"], ["cyan sphere", "gray cylinder"]], load_objects())
     a, b = (
-        sampling.generate(model.eval(), noise_scheduler, labels, [5, 6], sampler, 8, 2.0) for _ in range(2)
+        diffusion.generate(model.eval(), noise_scheduler, labels, [5, 6], sampler, 8, 2.0) for _ in range(2)
     )
     assert torch.equal(a, b) and a.abs().max() <= 1
     assert a.std() > 0.05
@@ -95,7 +87,9 @@ def test_more_steps_of_ddim_are_no_worse():
     options = metadata["sampling"] | {"sampler": "ddim", "negative_scale": 0.0}
     options["guidance_interval"] = (0, 1000)
     pictures = [
-        sampling.generate(model.eval(), noise_scheduler, labels, list(range(4)), **options | {"steps": steps})
+        diffusion.generate(
+            model.eval(), noise_scheduler, labels, list(range(4)), **options | {"steps": steps}
+        )
         for steps in (10, 40)
     ]
     judge = evaluator.evaluation_model(ROOT / "weights" / "evaluator.pth", "cpu")
@@ -180,7 +174,7 @@ def test_guidance_outside_of_the_interval_is_none():
         return model(images, timesteps, labels)
 
     def paint(*guidance):
-        return sampling.generate(network, noise_scheduler, labels, [5], "ddim", 8, *guidance)
+        return diffusion.generate(network, noise_scheduler, labels, [5], "ddim", 8, *guidance)
 
     never, none, always, whole = paint(3.0, (2, 3)), paint(1.0), paint(3.0), paint(3.0, (0, 1000))
     assert torch.equal(never, none) and torch.equal(always, whole) and not torch.equal(none, whole)
@@ -201,7 +195,7 @@ def test_negative_labels_change_pairs_of_a_colour_alone():
         return model(images, timesteps, labels)
 
     def paint(*some):
-        return sampling.generate(
+        return diffusion.generate(
             network, noise_scheduler, labels, [5, 6], "ddim", 8, 2.0, (0, 1000), negatives, *some
         )
 
@@ -225,7 +219,7 @@ def test_only_the_nearest_negative_label_counts():
 
     def paint(*negatives):
         options = {"negative_labels": [torch.cat(negatives)], "negative_scale": 2.0}
-        return sampling.generate(network, noise_scheduler, labels, [5], "ddim", 4, 1.0, **options)
+        return diffusion.generate(network, noise_scheduler, labels, [5], "ddim", 4, 1.0, **options)
 
     assert torch.equal(paint(near), paint(far, near)) and not torch.equal(paint(near), paint(far))
 
@@ -236,11 +230,11 @@ def test_lift_tells_right_labels_from_mistaken_ones():
     data = ICLEVRDataset(PACK, ROOT / "train.json", load_objects())
     images, labels = to_float(data.images[:12]), data.labels[:12]
     mistakes = [mistaken_labels(condition, data.objects) for condition in data.conditions[:12]]
-    lifts = sampling.lift(model.eval(), noise_scheduler, images, labels, mistakes)
-    nothing = sampling.lift(model, noise_scheduler, images, labels, [torch.zeros(1, 24)] * 12)
+    lifts = diffusion.lift(model.eval(), noise_scheduler, images, labels, mistakes)
+    nothing = diffusion.lift(model, noise_scheduler, images, labels, [torch.zeros(1, 24)] * 12)
     assert (lifts > 0).float().mean() >= 0.9 and (nothing > 0).all()
     first = torch.stack([mistake[0] for mistake in mistakes])
-    swapped = sampling.lift(model, noise_scheduler, images, first, list(labels.split(1)))
+    swapped = diffusion.lift(model, noise_scheduler, images, first, list(labels.split(1)))
     assert (swapped < 0).float().mean() >= 0.9
 
 
@@ -255,7 +249,7 @@ def test_best_of_keeps_one_of_the_candidates_and_the_better_one(tmp_path, condit
     chosen, objects = load_conditions(conditions, load_objects()), load_objects()
     mistakes = [mistaken_labels(condition, objects) for condition in chosen]
     before, after = (
-        sampling.lift(model.eval(), noise_scheduler, images, multi_hot(chosen, objects), mistakes)
+        diffusion.lift(model.eval(), noise_scheduler, images, multi_hot(chosen, objects), mistakes)
         for images in (one, best)
     )
     assert (after[~kept] > before[~kept]).all()

@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import sampling
+import diffusion
 from checkpoint import load_weights
-from dataset import load_objects, multi_hot
+from labels import load_objects, multi_hot
 from model import ConditionalUNet, build
 from options import SAMPLERS
 
@@ -23,11 +23,11 @@ def is_grid(timesteps: list[int], steps: int) -> bool:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_as_many_different_timesteps_as_steps(sampler):
     """Diffusers makes one of -1 for 62 of the counts, and fewer than asked for where it clips the start."""
-    scheduler_class, options = sampling.SCHEDULERS[sampler]
+    scheduler_class, options = diffusion.SCHEDULERS[sampler]
     scheduler = scheduler_class.from_config(build("small")[1].config, **options)
     wrong = []
     for steps in range(1, 1001):
-        sampling.set_steps(scheduler, steps)
+        diffusion.set_steps(scheduler, steps)
         timesteps = scheduler.timesteps.tolist()
         if not is_grid(timesteps, steps):
             wrong.append(steps)
@@ -41,7 +41,7 @@ def test_as_many_different_timesteps_as_steps(sampler):
 @pytest.mark.parametrize("start", [1, 500, 973, 996, 1000])
 def test_grids_below_any_start(start):
     for steps in range(1, 1001):
-        timesteps = sampling.timestep_grid(steps, start)
+        timesteps = diffusion.timestep_grid(steps, start)
         assert is_grid(timesteps, steps) and timesteps[0] == max(start, steps) - 1, steps
 
 
@@ -54,7 +54,7 @@ def test_each_step_goes_to_the_next_timestep(sampler, prediction_type, monkeypat
     with unless the sampler draws more. In float32 a picture is known to 0.007 alone by the noise of timestep
     999, where alpha_bar is 2e-9.
     """
-    monkeypatch.setattr(sampling, "IMAGE_SIZE", 8)  # which takes a tenth of the time
+    monkeypatch.setattr(diffusion, "IMAGE_SIZE", 8)  # which takes a tenth of the time
     noise_scheduler = build("small")[1]
     noise_scheduler.register_to_config(prediction_type=prediction_type)
     alpha_bar = noise_scheduler.alphas_cumprod.double().view(-1, 1, 1, 1)
@@ -70,14 +70,14 @@ def test_each_step_goes_to_the_next_timestep(sampler, prediction_type, monkeypat
 
     for steps in (1, 2, 3, 7, 15, 61, 333, 501, 1000):
         asked, frames = [], []
-        sampling.generate(
+        diffusion.generate(
             network, noise_scheduler, LABELS[:1], [5], sampler, steps, 1.0, callback=frames.append
         )
         assert is_grid(asked, steps)
         *before, last = torch.cat(frames).double()
         noises = (torch.stack(before) - signals[asked] * picture) / rates[asked]  # [steps, 3, 8, 8]
         tolerance = 1e-2 if prediction_type == "epsilon" else 1e-4
-        if sampler not in sampling.STOCHASTIC:
+        if sampler not in diffusion.STOCHASTIC:
             away = (noises - noises[0]) * rates[asked]
             assert away.abs().max() < tolerance, steps
         assert (noises.std((1, 2, 3)) - 1).abs().max() < 0.35, steps  # of 192 numbers
@@ -87,7 +87,7 @@ def test_each_step_goes_to_the_next_timestep(sampler, prediction_type, monkeypat
 def test_ddim_paints_with_61_steps_what_it_paints_with_20():
     model, noise_scheduler, _ = load_weights(ROOT / "weights" / "small")
     few, many = (
-        sampling.generate(model.eval(), noise_scheduler, LABELS[:1], [5], "ddim", steps, 1.0)
+        diffusion.generate(model.eval(), noise_scheduler, LABELS[:1], [5], "ddim", steps, 1.0)
         for steps in (20, 61)
     )
     assert (few - many).abs().mean() < 0.02  # it painted noise: 0.35
@@ -100,10 +100,10 @@ def test_weights_that_are_too_large_are_told(weight):
     torch.nn.init.constant_(model.class_embedding.weight, weight)
     arguments = (model, build("small")[1], LABELS, [5, 6], "ddim", 4, 2.0)
     if weight == 0.1:
-        assert sampling.generate(*arguments).isfinite().all()
+        assert diffusion.generate(*arguments).isfinite().all()
         return
     with pytest.raises(FloatingPointError, match=r"^prediction not finite in step 1 of 4 \(timestep 999\)$"):
-        sampling.generate(*arguments)
+        diffusion.generate(*arguments)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
@@ -120,7 +120,7 @@ def test_one_number_that_is_not_finite_is_told(sampler, value):
 
     arguments = (network, build("small")[1], LABELS, [5, 6], sampler, 15, 1.0)
     with pytest.raises(FloatingPointError) as caught:
-        sampling.generate(*arguments, callback=frames.append)
+        diffusion.generate(*arguments, callback=frames.append)
     assert str(caught.value) == f"prediction not finite in step 3 of 15 (timestep {asked[2]})"
     assert len(frames) == len(asked) == 15
 
@@ -128,4 +128,4 @@ def test_one_number_that_is_not_finite_is_told(sampler, value):
 def test_a_picture_that_is_not_finite_is_told():
     images = torch.full((1, 3, 64, 64), torch.inf)
     with pytest.raises(FloatingPointError, match="^picture not finite after 2 steps$"):
-        sampling.check_finite([torch.zeros(()), torch.zeros(())], images, [999, 499])
+        diffusion.check_finite([torch.zeros(()), torch.zeros(())], images, [999, 499])

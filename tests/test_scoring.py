@@ -9,8 +9,8 @@ import torch
 from conftest import METADATA, ROOT, TINY
 
 import scoring
-from commands import InputError
 from evaluator import evaluation_model
+from infra.commands import InputError
 
 # In one process, as PyTorch takes long to load: each script's exit code is printed after what it said.
 ALL = """

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import checkpoint
 import train
 from checkpoint import checkpoints, load_weights
-from files import load_json
+from infra.files import load_json
 from model import build
 from train import batch_indices
 
@@ -154,7 +154,7 @@ def test_dry_run_and_missing_pictures_write_nothing(pictures, tmp_path, capsys, 
     out = capsys.readouterr().out
     assert "no CUDA: 50 steps will take about" in out and "--model small" in out
     assert "setup: cpu, fp32 (asked for), contiguous_format (" in out and "not compiled (" in out
-    refused(train.main, ["--model", "small", "--data", "iclevr"], "iclevr", "python render.py")
+    refused(train.main, ["--model", "small", "--data", "iclevr"], "iclevr", "python -m data.render")
     assert not list(tmp_path.iterdir())
 
 

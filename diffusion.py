@@ -12,7 +12,8 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from dataset import IMAGE_SIZE, NUM_OBJECTS, load_objects, mistaken_labels, multi_hot, twin_labels
+from labels import load_objects, mistaken_labels, multi_hot, twin_labels
+from options import IMAGE_SIZE, NUM_OBJECTS
 
 # `from_config` does not carry `clip_sample` to the others: thresholding at 1 clamps x_0 just so.
 _CLAMP = {"thresholding": True, "sample_max_value": 1.0}

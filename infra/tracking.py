@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from commands import InputError
+from infra.commands import InputError
 
 PROJECT = "iclevr-ddpm"
 

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch import nn
 
-from commands import InputError, shown
+from infra.commands import InputError, shown
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's names
 

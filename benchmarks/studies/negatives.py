@@ -1,6 +1,6 @@
 """How hard to push away from two objects of a colour having one shape, by two judges: a table and a figure.
 
-    python benchmarks/negatives.py --out docs/negatives   # docs/negatives.json, docs/negatives.png
+    python benchmarks/studies/negatives.py --out docs/negatives   # docs/negatives.json, docs/negatives.png
 
 On validation.json, seeds 100 to 103, so that scale and interval may be chosen by it. What docs/negatives.json
 holds already is not sampled again. Ten minutes on two cores.

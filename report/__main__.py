@@ -2,7 +2,7 @@
 
     python sample.py --mode test new_test process --seeds 10   # what a lab asks for, in images/
     python sample.py --mode train --num-images 2100            # to compare with renders of the same scenes
-    python report.py                                           # images/report.html, all in one file
+    python -m report                                           # images/report.html, all in one file
 
 Lists in images/ get a section each, images/train those on likeness and copies, lists in folders within (such
 as images/best_of_4/test) a row each in the table of scores. `benchmarks/page.sh` makes docs/report.html.
@@ -11,7 +11,7 @@ as images/best_of_4/test) a row each in the table of scores. `benchmarks/page.sh
 import argparse
 from pathlib import Path
 
-from commands import ROOT, InputError, Parser, command, read_early, to_path
+from infra.commands import ROOT, InputError, Parser, command, read_early, to_path
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -22,7 +22,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=to_path, help="page to write (default: IMAGES/report.html)")
     add("--data", type=to_path, help="training pictures (default: iclevr/, else the pack that ships)")
     add("--labels", type=to_path, default=ROOT / "train.json", help="theirs (default: train.json)")
-    add("--held-out", type=to_path, help="renders of the same labels, not trained on (default: held_out.npz)")
+    add(
+        "--held-out",
+        type=to_path,
+        help="renders of the same labels, not trained on (default: data/held_out.npz)",
+    )
     add("--figures", type=to_path, nargs="+", default=[], help="PNG files to put on the page as well")
     return parser.parse_args(argv)
 
@@ -53,10 +57,12 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from checkpoint import METADATA_NAME, newest
-from dataset import HELD_OUT, ICLEVRDataset, load_data, load_objects
-from files import load_json, write_whole
-from judge import count_colours, find_objects
-from metrics import (
+from data.pack import HELD_OUT
+from dataset import ICLEVRDataset, load_data
+from infra.files import load_json, write_whole
+from labels import load_objects
+from report.judge import count_colours, find_objects
+from report.metrics import (
     Judged,
     all_confusions,
     by_number,
@@ -75,7 +81,7 @@ from metrics import (
 )
 from scoring import Scoring, load_evaluator
 
-TITLE = b"<title>i-CLEVR samples</title>"  # of every page, in report.jinja
+TITLE = b"<title>i-CLEVR samples</title>"  # of every page, in page.jinja
 SHOWN = 12  # pictures of a kind, where there may be many
 FIRST = ("test", "new_test", "unseen", "validation")  # the order of sections
 plt.rcParams |= {"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
@@ -396,9 +402,9 @@ def build(images: Path, held_out: ICLEVRDataset | None, training: Callable[[], I
 
 
 def refuse_other_page(path: Path):
-    """Raise InputError if there is a file at `path` that is no page of report.py."""
+    """Raise InputError if there is a file at `path` that is no page of report."""
     if os.path.lexists(path) and TITLE not in path.read_bytes()[:1000]:
-        raise InputError(f"{path}: there already, and no page of report.py; choose another --out")
+        raise InputError(f"{path}: there already, and no page of report; choose another --out")
 
 
 @command
@@ -410,7 +416,7 @@ def main(argv: list[str] | None = None):
     held_out = load_held_out(args.held_out, args.labels, objects)
     page = build(args.images, held_out, lambda: load_data(args.data, args.labels, objects)[0])
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((ROOT / "report.jinja").read_text(encoding="utf-8"))
+    template = environment.from_string((ROOT / "report" / "page.jinja").read_text(encoding="utf-8"))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, template.render(page | {"figures": figures}).encode())
     print(f"{out}: {len(page['rows'])} lists, {out.stat().st_size / 1e6:.1f} MB")

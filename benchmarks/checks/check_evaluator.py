@@ -1,6 +1,6 @@
 """What the evaluator sees and misses in the pictures that ship, none of whose scenes it was trained on.
 
-    python benchmarks/check_evaluator.py --sheet docs/evaluator_failures.png
+    python benchmarks/checks/check_evaluator.py --sheet docs/evaluator_failures.png
 
 Prints tables in Markdown (docs/evaluator.md) and draws every picture whose set of objects it gets wrong. How
 much of an object is hidden comes from the scenes themselves, placed again by render.py.
@@ -18,12 +18,14 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import render
-from commands import ROOT
-from dataset import PACK, ICLEVRDataset, load_objects, scene_of, to_float
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import render
+from data.pack import PACK
+from dataset import ICLEVRDataset, to_float
 from evaluator import evaluation_model, soften
-from metrics import confusions, kind_of
+from infra.commands import ROOT
+from labels import load_objects, scene_of
+from report.metrics import confusions, kind_of
 
 BLUR, NOISE = 0.6, 4  # pixels, grey levels
 HIDDEN = (0, 0.05, 0.25, 0.5, 0.75, 1)  # shares of an object's pixels

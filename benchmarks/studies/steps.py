@@ -1,6 +1,6 @@
 """Accuracy against sampling steps: a table in Markdown and a figure.
 
-    python benchmarks/steps.py --out docs/steps     # docs/steps.json, docs/steps.png; half an hour on 2 cores
+    python benchmarks/studies/steps.py --out docs/steps     # docs/steps.json, docs/steps.png; half an hour on 2 cores
 
 On validation.json, so that a sampler may be chosen by it; with 1000 steps on its first 32 conditions alone.
 What docs/steps.json holds already is not sampled again.
@@ -18,11 +18,11 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sample
 from checkpoint import SHIPPED, WEIGHTS_NAME
 from evaluator import default_weights
-from files import file_sha256
+from infra.files import file_sha256
 
 RUNS = {  # options of sample.py
     f"{sampler} {steps}": ["--sampler", sampler, "--steps", steps, "--seeds", 2]

@@ -1,6 +1,6 @@
 """Guidance scale and interval against two judges: a table in Markdown and a figure.
 
-    python benchmarks/guidance.py --out docs/guidance   # docs/guidance.json, docs/guidance.png
+    python benchmarks/studies/guidance.py --out docs/guidance   # docs/guidance.json, docs/guidance.png
 
 On validation.json, seeds 100 and 101, so that both may be chosen by it; all else as the weights bring it. The
 evaluator is blind to a second copy of an object; the second judge (judge.py) counts them. What
@@ -16,8 +16,8 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from steps import sweep
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from metrics import load_samples, runs_of, scores
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from report.metrics import load_samples, runs_of, scores
 
 RUNS = [(1.0, 0, 1000)]  # guidance scale, interval
 RUNS += [(scale, 0, high) for scale in (2.0, 3.0, 4.0, 6.0) for high in (550, 750, 1000)]

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from commands import ROOT, InputError, did_you_mean, shown
-from dataset import check_condition, load_conditions, read_picture
-from files import contents, load_json, remove_temporaries, write_json
+from dataset import read_picture
+from infra.commands import ROOT, InputError, did_you_mean, shown
+from infra.files import contents, load_json, remove_temporaries, write_json
+from labels import check_condition, load_conditions
 from options import RANGES
 
 PROCESS = ["red sphere", "cyan cylinder", "cyan cube"]  # what labs want to see come out of the noise

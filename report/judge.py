@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dataset import IMAGE_SIZE
-from render import CAMERA, COLORS, FIELD_OF_VIEW, MIN_DISTANCE, OBJECT_SIZE, PLACE_RANGE
+from data.render import CAMERA, COLORS, FIELD_OF_VIEW, MIN_DISTANCE, OBJECT_SIZE, PLACE_RANGE
+from options import IMAGE_SIZE
 
 GROUND_TINT = np.array([0.346, 0.335, 0.319])  # shares of red, green and blue in what ground reflects
 COLOURED, NEUTRAL = 0.09, 0.05  # distances from that tint: above the first a colour, below the second none

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import filelock
 
-from commands import InputError, did_you_mean, shown
+from infra.commands import InputError, did_you_mean, shown
 
 try:
     import fcntl

@@ -1,8 +1,8 @@
 """Hold render.py's pictures against what was measured of real i-CLEVR pictures.
 
-    python benchmarks/check_render.py                    # everything; minutes
-    python benchmarks/check_render.py --only ground speed --json check.json
-    python benchmarks/check_render.py --sheet docs/render_sheet.png   # a sheet of our pictures, no checks
+    python benchmarks/checks/check_render.py                    # everything; minutes
+    python benchmarks/checks/check_render.py --only ground speed --json check.json
+    python benchmarks/checks/check_render.py --sheet docs/render_sheet.png   # a sheet of our pictures, no checks
 
 Prints one row per check, measured against expected, and exits with 1 if one fails. The real pictures are
 not part of the project: without them (--real) the rows that need them are left out.
@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the scripts are flat files
-import render  # noqa: E402
-from render import LAMP_JITTER, LAMPS, SAMPLES, Renderer, direct_light  # noqa: E402
+from data import render
+from data.render import LAMP_JITTER, LAMPS, SAMPLES, Renderer, direct_light
 
 # Green channel of ground pixels (row, column) of 64x64 in samples of four public models, trained on the real
 # pictures: range over the models of the mean and of the standard deviation over pictures.
@@ -187,7 +187,7 @@ def check_speed(table: Table):
     for limit in limits:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            line = [sys.executable, str(ROOT / "render.py"), "--limit", str(limit), "--out", folder]
+            line = [sys.executable, "-m", "data.render", "--limit", str(limit), "--out", folder]
             subprocess.run(line, check=True, capture_output=True)
             seconds.append(time.perf_counter() - start)
     rate = 3 * (limits[1] - limits[0]) / (seconds[1] - seconds[0])

@@ -1,13 +1,13 @@
 """Draw i-CLEVR label files and render their pictures with Mitsuba 3.
 
-    python render.py                       # the 18,009 pictures of train.json into iclevr/
-    python render.py --limit 20            # its first 20 scenes
-    python render.py --random-scenes 1000 --out more   # new scenes of 1 to 5 objects, with more/labels.json
-    python render.py --pack                # iclevr/ into iclevr.npz, as it ships
-    python render.py --limit 700 --seed 2 --out held_out       # with the next one: held_out.npz, as it ships
-    python render.py --limit 700 --pack --out held_out
-    python render.py --verify              # renders a sample of iclevr.npz again and compares
-    python render.py --make-labels --seed 0            # the label files that ship
+    python -m data.render                       # the 18,009 pictures of train.json into iclevr/
+    python -m data.render --limit 20            # its first 20 scenes
+    python -m data.render --random-scenes 1000 --out more   # new scenes of 1 to 5 objects, with more/labels.json
+    python -m data.render --pack                # iclevr/ into iclevr.npz, as it ships
+    python -m data.render --limit 700 --seed 2 --out held_out       # with the next one: held_out.npz, as it ships
+    python -m data.render --limit 700 --pack --out held_out
+    python -m data.render --verify              # renders a sample of iclevr.npz again and compares
+    python -m data.render --make-labels --seed 0            # the label files that ship
 
 A picture is a function of (seed, scene name, objects) alone: the number of workers, the order and where a
 run was stopped leave no trace in it. Scene, lamps and materials are those of CLEVR (Johnson et al. 2017,
@@ -18,18 +18,8 @@ import argparse
 import os
 from pathlib import Path
 
-from commands import (
-    ROOT,
-    InputError,
-    Parser,
-    command,
-    number,
-    read_early,
-    shown,
-    signals_interrupt,
-    to_path,
-    to_seed,
-)
+from infra.commands import ROOT, InputError, Parser, command, number, read_early, shown, to_path, to_seed
+from infra.signals import signals_interrupt
 
 SAMPLES = 24  # light paths per pixel: grain below 2 grey levels on objects, 0.7 on the ground
 FILM_SIZES = {"64x64": (128, 96), "320x240": (320, 240)}  # 64x64 is squashed from 4:3, as the original is
@@ -82,17 +72,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import (
-    MANIFEST_NAME,
-    MAX_OBJECTS,
-    ICLEVRDataset,
-    is_pack,
-    load_labels,
-    load_objects,
-    save_pack,
-    scene_of,
-)
-from files import contents, load_json, text_sha256, write_json
+from data.manifest import MANIFEST_NAME, open_manifest
+from data.pack import is_pack, save_pack
+from dataset import ICLEVRDataset
+from infra.files import contents, text_sha256, write_json
+from labels import MAX_OBJECTS, load_labels, load_objects, scene_of
 
 SHAPES = ("cube", "sphere", "cylinder")
 COLORS = {  # sRGB numbers that CLEVR hands to Blender as if they were linear
@@ -506,19 +490,6 @@ def refuse_others(out: Path, labels_path: Path):
         )
 
 
-def open_manifest(out: Path, wanted: dict) -> dict:
-    """The manifest of `out`, new or to go on with. Raises InputError if `out` holds any other set."""
-    path = out / MANIFEST_NAME
-    if not path.exists():
-        return wanted | {"scenes_done": 0}
-    manifest = load_json(path)
-    for key, value in wanted.items():
-        found = manifest.get(key) if isinstance(manifest, dict) else None
-        if found != value and key != "labels":
-            raise InputError(f"{path}: {key} is {found}, this run's is {value}; choose another --out")
-    return manifest
-
-
 def mitsuba_version() -> str:
     try:
         return importlib.metadata.version("mitsuba")
@@ -552,7 +523,7 @@ def pack(out: Path, labels_path: Path, objects: dict[str, int], limit: int | Non
         )
     if manifest.get("options", {}).get("size") != "64x64":
         raise InputError(f"{out}: expected pictures rendered at 64x64")
-    save_pack(path, data, manifest)
+    save_pack(path, data.images, data.labels, data.filenames, data.objects, manifest)
     print(f"{path}: {len(data):,} pictures, {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -1,7 +1,7 @@
 """The search for the preset `small`: one factor changed at a time, at equal time of one CPU core.
 
-    OMP_NUM_THREADS=1 python benchmarks/search.py train ROW   # 15 minutes of one core and its score
-    python benchmarks/search.py table                         # the rows in docs/search.json, as Markdown
+    OMP_NUM_THREADS=1 python benchmarks/studies/search.py train ROW   # 15 minutes of one core and its score
+    python benchmarks/studies/search.py table                         # the rows in docs/search.json, as Markdown
 
 A row changes the preset in what ROWS says. It gets as many steps as `small` in some 15 minutes, or as many as
 take the same time if its steps cost more or less, which is measured; the learning rate falls to 0 at the
@@ -19,13 +19,12 @@ from pathlib import Path
 import torch
 from speed import bare_training
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sample
 import train
-from commands import ROOT
-from dataset import NUM_OBJECTS
-from device import choose_setup, join_processes
-from options import PRESETS
+from infra.commands import ROOT
+from infra.device import choose_setup, join_processes
+from options import NUM_OBJECTS, PRESETS
 
 RESULTS = ROOT / "docs" / "search.json"
 PARTS = ("network", "scheduler", "training")

@@ -11,13 +11,11 @@ import functools
 import io
 import math
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent  # the label files and weights that ship stand beside the scripts
+ROOT = Path(__file__).resolve().parent.parent  # of the scripts, label files and weights
 
 
 class InputError(ValueError):
@@ -50,30 +48,9 @@ def read_early(parse_args: Callable[[None], argparse.Namespace]):
     parse_args(None)
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started
         with lasting_output():
-            print(f"{Path(sys.argv[0]).name}: loading PyTorch", flush=True)
-
-
-STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-
-
-def handled(numbers: Iterable[int]) -> list[int]:
-    """Those of the signals that may be given a handler: none outside of the main thread, and not SIGHUP where
-    nohup had it ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        return []
-    return [n for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
-
-
-@contextlib.contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Within it the signals by which systems end a command (a closed terminal's SIGHUP, Slurm's SIGUSR1) do
-    what Ctrl-C does."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in handled(STOP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            script = Path(sys.argv[0])
+            name = script.parent.name if script.name == "__main__.py" else script.name  # python -m report
+            print(f"{name}: loading PyTorch", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------- output

@@ -1,6 +1,6 @@
 """Scores of pictures that sample.py painted: how sure the accuracy is, and what it does not see.
 
-    python metrics.py images/test images/new_test       # a line each; report.py makes a page of them
+    python -m report.metrics images/test images/new_test       # a line each; report.py makes a page of them
 
 The lab's accuracy is noisy (a list has 72 or 84 objects) and blind to objects too many. So it comes with an
 interval, with the exact set, and with a second judge that counts (judge.py).
@@ -9,7 +9,7 @@ interval, with the exact set, and with a second judge that counts (judge.py).
 import argparse
 from pathlib import Path
 
-from commands import InputError, Parser, command, read_early, to_path
+from infra.commands import InputError, Parser, command, read_early, to_path
 from options import RANGES, check_options
 
 
@@ -37,16 +37,11 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from dataset import (
-    NUM_OBJECTS,
-    check_condition,
-    load_objects,
-    multi_hot,
-    read_pictures,
-    to_float,
-)
-from files import check_fields, load_json
-from judge import Found, count_colours, find_objects
+from dataset import read_pictures, to_float
+from infra.files import check_fields, load_json
+from labels import check_condition, load_objects, multi_hot
+from options import NUM_OBJECTS
+from report.judge import Found, count_colours, find_objects
 from scoring import BATCH_SIZE, Scoring, load_evaluator
 
 REPORT = {"conditions": list, "num_images": int, "seed": int, "accuracies": list, "precision": str}

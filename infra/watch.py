@@ -3,21 +3,38 @@
 import argparse
 import json
 import math
+import os
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 import checkpoint
-from commands import InputError
-from device import start_copy
+from infra.commands import InputError
+from infra.device import start_copy
 
 LOG_EVERY = 10  # steps
 MOST_SKIPPED = 50  # steps in a row that fp16 may leave out as their gradients overflow
+
+
+def open_log(path: Path, step: int):
+    """Open log.jsonl to append, without what a stopped run wrote past `step`, or wrote in part."""
+    path.touch()
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        size += len(line)
+    os.truncate(path, size)  # in place, which a full disk lets through
+    return path.open("a", buffering=1)
 
 
 class Step(NamedTuple):
@@ -58,7 +75,7 @@ class Watch:
         self._last_time = time.perf_counter()
         self._log = None
         if accelerator.is_main_process:
-            self._log = checkpoint.open_log(args.out / "log.jsonl", first_step)
+            self._log = open_log(args.out / "log.jsonl", first_step)
 
     def put(self, index: int, numbers: torch.Tensor, learning_rate: float, pictures: torch.Tensor):
         """Give it loss, gradient norm, and above 0 if a process is to stop: [3] on the device; `pictures`:

@@ -1,0 +1,1 @@
+"""The pictures that ship, and render.py, which makes them."""

@@ -1,0 +1,1 @@
+"""What is known about painted pictures: a second judge, measures, and a page about them."""
