@@ -27,11 +27,11 @@ if __name__ == "__main__":
 import hashlib
 import json
 import math
-import os
 import re
 import secrets
 import shutil
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMScheduler
@@ -39,23 +39,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import get_total_norm
 
-from infra.files import (
-    check_fields,
-    flush,
-    load_json,
-    refuse_foreign,
-    remove_temporaries,
-    temporary_beside,
-    write_json,
-)
+from infra.files import check_fields, flush, load_json, refuse_foreign, remove_temporaries, temporary_beside, write_json
 from model import ConditionalUNet, load_network, load_noise_scheduler
 
 SHIPPED = ROOT / "weights" / "small"
 METADATA_NAME = "metadata.json"
-METADATA = {"model": str, "recipe": dict, "data": dict, "sampling": dict, "unseen": list}
-METADATA |= {"step": int, "pictures_seen": int}  # what it holds at least
+METADATA: dict[str, type] = {  # what it holds at least
+    "model": str, "recipe": dict, "data": dict, "sampling": dict, "unseen": list, "step": int,
+    "pictures_seen": int,
+}  # fmt: skip
 WEIGHTS_NAME = "unet/diffusion_pytorch_model.safetensors"
-NETWORK_NAME, SCHEDULER_NAME = "unet/config.json", "scheduler/scheduler_config.json"
+NETWORK_NAME = "unet/config.json"
+SCHEDULER_NAME = "scheduler/scheduler_config.json"
 SHIPPED_FILES = (METADATA_NAME, WEIGHTS_NAME, NETWORK_NAME, SCHEDULER_NAME)
 RUN_NAME = "run.json"  # says whose folder it is, from the start of a run on
 KEEP = 2  # checkpoints of a run
@@ -65,9 +60,9 @@ KEEP = 2  # checkpoints of a run
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first. One without metadata was cut off and does not count."""
-    found = {path.parent: re.fullmatch(r"checkpoint-(\d+)", path.parent.name)
-             for path in run.glob(f"checkpoint-*/{METADATA_NAME}")}  # fmt: skip
-    return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]))
+    found = [path.parent for path in run.glob(f"checkpoint-*/{METADATA_NAME}")]
+    found = [folder for folder in found if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(found, key=step_of)
 
 
 def newest(folder: Path) -> Path:
@@ -75,15 +70,20 @@ def newest(folder: Path) -> Path:
     return (checkpoints(folder) or [folder])[-1]
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def steps_done(run: Path) -> int:
     """Of its newest checkpoint; 0 if there is none."""
-    return max((int(folder.name.rpartition("-")[2]) for folder in checkpoints(run)), default=0)
+    return max((step_of(folder) for folder in checkpoints(run)), default=0)
 
 
 def newest_weights(runs: Path = Path("runs")) -> Path:
     """The checkpoint written last in any run, or the weights that ship when there is none."""
-    found = [c for run in runs.glob("*/") for c in checkpoints(run)]
-    return max(found, key=lambda c: (c / METADATA_NAME).stat().st_mtime, default=SHIPPED)
+    found = [checkpoint for run in runs.glob("*/") for checkpoint in checkpoints(run)]
+    return max(found, key=lambda checkpoint: (checkpoint / METADATA_NAME).stat().st_mtime, default=SHIPPED)
 
 
 def known_weights(runs: Path = Path("runs")) -> list[Path]:
@@ -100,18 +100,27 @@ def load_metadata(folder: Path) -> dict:
         raise InputError(f"{path}: no such file{did_you_mean(str(folder), known)}")
     metadata = check_fields(load_json(path), METADATA, path)
     if metadata["model"] not in PRESETS:
-        raise InputError(
-            f"{path}, model: expected one of {', '.join(PRESETS)}, got {shown(metadata['model'])}"
-        )
+        raise InputError(f"{path}, model: expected one of {', '.join(PRESETS)}, got {shown(metadata['model'])}")
     check_fields(metadata["data"], {"labelled": int}, f"{path}, data")
     check_options(metadata["sampling"], f"{path}, sampling")
     return metadata
 
 
+def describe(folder: Path, metadata: dict) -> str:
+    """Whose weights are taken, and on how much they were trained."""
+    seen = metadata["pictures_seen"]
+    epoch = metadata["data"]["labelled"]
+    line = f"weights: {folder} ({metadata['model']}, trained on {seen:,} pictures"
+    if seen < epoch:
+        line += f", less than one epoch of {epoch:,}; trained ones ship in {SHIPPED.relative_to(ROOT)}"
+    return line + ")"
+
+
 def load_weights(folder: Path) -> tuple[ConditionalUNet, DDPMScheduler, dict]:
     """Network (fp32, on CPU), noise scheduler and metadata of weights or of a run. Raises InputError."""
     folder = newest(folder)
-    metadata, noise_scheduler = load_metadata(folder), load_noise_scheduler(folder / SCHEDULER_NAME)
+    metadata = load_metadata(folder)
+    noise_scheduler = load_noise_scheduler(folder / SCHEDULER_NAME)
     model = load_network(folder / NETWORK_NAME)
     load_state(model, folder / WEIGHTS_NAME, assign=True)
     return model, noise_scheduler, metadata
@@ -135,13 +144,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def load_state(model: torch.nn.Module, path: Path, assign: bool = False):
     """Load a safetensors file of any precision into `model`; every tensor must fit. `assign`: in place of the
     model's own tensors, which may be on the meta device. Raises InputError."""
-    expected, tensors = model.state_dict(), read_tensors(path)
+    expected = model.state_dict()
+    tensors = read_tensors(path)
     for name in [*expected, *tensors]:
-        ours, theirs = (list(of[name].shape) if name in of else "none" for of in (expected, tensors))
+        ours = list(expected[name].shape) if name in expected else "none"
+        theirs = list(tensors[name].shape) if name in tensors else "none"
         if ours != theirs:
-            raise InputError(
-                f"{path}: not the weights of this network ({shown(name)}: expected {ours}, got {theirs})"
-            )
+            raise InputError(f"{path}: not the weights of this network ({shown(name)}: expected {ours}, got {theirs})")
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
     model.load_state_dict(copies, assign=assign)
 
@@ -172,7 +181,11 @@ def all_finite(tensors: list[torch.Tensor]) -> bool:
 
 
 def write_weights(
-    folder: Path, model: ConditionalUNet, noise_scheduler: DDPMScheduler, metadata: dict, training=None
+    folder: Path,
+    model: ConditionalUNet,
+    noise_scheduler: DDPMScheduler,
+    metadata: dict,
+    training: dict[str, dict[str, torch.Tensor]] | None = None,
 ):
     """Write weights under a temporary name, metadata last, and rename them; a folder of that name goes.
     `training`: file name -> tensors.
@@ -181,7 +194,8 @@ def write_weights(
     """
     folder = folder.resolve()  # of a link what it leads to
     temporary = temporary_beside(folder)
-    new, old = temporary / "new", temporary / "old"
+    new = temporary / "new"
+    old = temporary / "old"
     try:
         model.save_config(new / "unet")  # with the next line what save_pretrained writes
         save_file(in_order(model.state_dict()), new / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -195,14 +209,14 @@ def write_weights(
         flush(new / METADATA_NAME)
         flush(new)
         if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
+            folder.replace(old)
+        new.replace(folder)
         flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be written ({' '.join(str(error).split())})") from None
     finally:
         if old.exists() and not folder.exists():
-            os.replace(old, folder)
+            old.replace(folder)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -242,30 +256,46 @@ def begin(run: Path, metadata: dict) -> str:
     return run_id
 
 
-def save(run: Path, model, ema_model, optimizer, noise_scheduler: DDPMScheduler, metadata: dict):
+@dataclass
+class TrainingState:
+    """All that training changes. `ema_model` is `model` itself where weights are not averaged; `scaler` is
+    fp16's gradient scaler, else None."""
+
+    model: ConditionalUNet
+    ema_model: ConditionalUNet
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None = None
+
+
+def save(run: Path, state: TrainingState, noise_scheduler: DDPMScheduler, metadata: dict):
     """Write a checkpoint of step `metadata["step"]`, then remove all but the newest two.
 
-    `ema_model` is `model` itself where weights are not averaged; they are then written once. Raises
-    InputError, and keeps the checkpoints there are, if the disk is full or a number is not finite.
+    Weights that are not averaged are written once. Raises InputError, and keeps the checkpoints there are,
+    if the disk is full or a number is not finite.
     """
-    state = optimizer.state_dict()["state"]  # parameter index -> name -> tensor
-    moments = {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+    moments = {}
+    for index, values in state.optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            moments[f"{index}.{name}"] = value
     training = {"optimizer": moments}
-    if ema_model is not model:
-        training["model"] = model.state_dict()
-    written = [*training.values(), ema_model.state_dict()]
-    if not all_finite([tensor for tensors in written for tensor in tensors.values()]):
+    if state.ema_model is not state.model:
+        training["model"] = state.model.state_dict()
+    tensors = list(state.ema_model.state_dict().values())
+    for part in training.values():
+        tensors.extend(part.values())
+    if not all_finite(tensors):
         raise InputError(f"{run}: numbers that are not finite after step {metadata['step']}, not saved")
     remove_temporaries(run)
-    write_weights(run / f"checkpoint-{metadata['step']:07d}", ema_model, noise_scheduler, metadata, training)
+    folder = run / f"checkpoint-{metadata['step']:07d}"
+    write_weights(folder, state.ema_model, noise_scheduler, metadata, training)
     for old in checkpoints(run)[:-KEEP]:
         gone = temporary_beside(old)
-        os.replace(old, gone)  # at once, while removing takes its time
+        old.replace(gone)  # at once, while removing takes its time
         shutil.rmtree(gone)
 
 
-def resume(folder: Path, model, ema_model, optimizer, scaler, metadata: dict) -> dict:
-    """Load the checkpoint `folder`, in place, and return its metadata. `scaler`: of fp16, else None.
+def resume(folder: Path, state: TrainingState, metadata: dict) -> dict:
+    """Load the checkpoint `folder` into `state`, in place, and return its metadata.
 
     Raises InputError if it is broken or, by `metadata`, of another recipe or other data than this run.
     """
@@ -280,15 +310,18 @@ def resume(folder: Path, model, ema_model, optimizer, scaler, metadata: dict) ->
     losses = before.get("losses")
     if not isinstance(losses, list) or not all(type(x) in (int, float) for x in losses):
         raise InputError(f"{folder / METADATA_NAME}, losses: expected numbers, got {shown(losses)}")
-    if scaler:
+    if state.scaler:
         check_fields(before, {"grad_scaler": dict}, folder / METADATA_NAME)
-        numbers = dict.fromkeys(scaler.state_dict(), float) | {"growth_interval": int, "_growth_tracker": int}
-        scaler.load_state_dict(check_fields(before["grad_scaler"], numbers, folder / METADATA_NAME))
+        kinds: dict[str, type] = dict.fromkeys(state.scaler.state_dict(), float)
+        kinds["growth_interval"] = int
+        kinds["_growth_tracker"] = int
+        state.scaler.load_state_dict(check_fields(before["grad_scaler"], kinds, folder / METADATA_NAME))
     try:
-        load_state(ema_model, folder / WEIGHTS_NAME)
-        if ema_model is not model:
-            load_state(model, folder / "training" / "model.safetensors")
-        load_optimizer(optimizer, list(model.parameters()), folder / "training" / "optimizer.safetensors")
+        load_state(state.ema_model, folder / WEIGHTS_NAME)
+        if state.ema_model is not state.model:
+            load_state(state.model, folder / "training" / "model.safetensors")
+        parameters = list(state.model.parameters())
+        load_optimizer(state.optimizer, parameters, folder / "training" / "optimizer.safetensors")
     except InputError as error:
         raise InputError(f"{error}; without {folder} the run goes on from an earlier one") from None
     return before
@@ -305,8 +338,9 @@ def load_optimizer(optimizer, parameters: list[torch.nn.Parameter], path: Path):
         if tensor.ndim:  # fused AdamW pairs weights and moments by their place in memory
             tensor = torch.empty_like(own).copy_(tensor)
         state[int(index)][name] = tensor
-    if missing := [i for i, values in state.items() if not values]:
-        raise InputError(f"{path}: nothing of parameter {missing[0]} of {len(parameters)}")
+    for i, values in state.items():
+        if not values:
+            raise InputError(f"{path}: nothing of parameter {i} of {len(parameters)}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -1,10 +1,12 @@
-"""From noise to pictures: the sampling loop with its ways of guidance, and the lift that tells a good sample.
+"""Diffusion: noise onto pictures in training, pictures out of noise in sampling.
 
-`sample.py` paints whole lists with it, `train.py` its grids.
+The sampler has classifier-free guidance, negative prompting and, for comparison, classifier guidance by the
+evaluator. Best-of-N reranking keeps the candidate that fits its label best by the network's own error.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +14,14 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from labels import load_objects, mistaken_labels, multi_hot, twin_labels
+from labels import hard_negatives, labels_with_one_mistake, load_objects, multi_hot
 from options import IMAGE_SIZE, NUM_OBJECTS
 
 # `from_config` does not carry `clip_sample` to the others: thresholding at 1 clamps x_0 just so.
 _CLAMP = {"thresholding": True, "sample_max_value": 1.0}
+# Steps from noisier timesteps than that, where alpha_bar is nearly 0, are left out as in diffusers.
 _DPM = _CLAMP | {"lambda_min_clipped": -5.1}
-SCHEDULERS = {  # of options.SAMPLERS
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {  # of options.SAMPLERS
     "ddpm": (DDPMScheduler, {}),  # arXiv 2006.11239
     # arXiv 2010.02502 with eta 0, which is DPM-Solver++ of order 1 (arXiv 2211.01095). DDIMScheduler itself
     # goes to `t - 1000 // steps`, which is the next timestep only where `steps` divides 1000.
@@ -28,36 +31,31 @@ SCHEDULERS = {  # of options.SAMPLERS
     "unipc": (UniPCMultistepScheduler, _CLAMP),  # arXiv 2302.04867
 }
 STOCHASTIC = ("ddpm", "sde-dpmsolver++")  # these draw noise on their way; from their mistakes they recover
-Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # images, timesteps, labels
+# images [B, 3, 64, 64], timesteps [B], labels [B, 24] -> prediction [B, 3, 64, 64]
+Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Interval = tuple[float, float]  # of timesteps, from clear to noise
 
 
-def batch_size_for(device: torch.device, pictures: int, processes: int, most: int | None) -> int:
-    """Pictures at a time, of so many in all.
+# --------------------------------------------------------------------------------------- noise onto pictures
 
-    `most`: None for what the device likes, 64, but 16 on a CPU: guidance doubles it, and more than 32 at once
-    are slower there. Elsewhere as many as make the batches of all processes even, since the last one is
-    filled up: a compiled network wants all batches of one size.
-    """
-    if device.type == "cpu":
-        return min(most or 16, math.ceil(pictures / processes))
-    rounds = math.ceil(pictures / processes / (most or 64))
-    return math.ceil(pictures / processes / rounds)
+
+def target_of(
+    noise_scheduler: DDPMScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the network is to predict [B, 3, 64, 64] for `clean` pictures with `noise` at `timesteps` [B]: the
+    noise (arXiv 2006.11239, equation 14) or the velocity (arXiv 2202.00512, appendix D)."""
+    # sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) clean: also at the noisiest timesteps a task worth learning
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return noise_scheduler.get_velocity(clean, noise, timesteps)
+    return noise
+
+
+# ------------------------------------------------------------------------------------------- steps and seeds
 
 
 def picture_seed(seed: int, index: int, candidate: int = 0) -> int:
     """The seed of picture `index` of a run with `seed`, and of its other candidates."""
     return int(np.random.SeedSequence([seed, index, candidate]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def predict(
-    model: Network, images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor, size: int
-) -> torch.Tensor:
-    """What the network predicts [B, 3, 64, 64], `size` at a time: B may be many times what a device likes."""
-    predictions = torch.empty_like(images)
-    for start in range(0, len(images), size):  # copied at once: a CUDA graph writes to the same place again
-        part = slice(start, start + size)
-        predictions[part] = model(images[part], timesteps[part], labels[part])
-    return predictions
 
 
 def timestep_grid(steps: int, start: int = 1000) -> list[int]:
@@ -68,6 +66,7 @@ def timestep_grid(steps: int, start: int = 1000) -> list[int]:
     even then, the first is `steps` - 1.
     """
     grid = np.arange(start, 0, -1000 / steps).round()[:steps]  # by rounding, arange may give one too many
+    # Rounded to the same timestep, or below the last: fewer than asked for would be left.
     if len(grid) < steps or grid[-1] < 1:
         start = max(start, steps)
         grid = np.arange(start, 0, -start / steps).round()[:steps]
@@ -86,12 +85,136 @@ def set_steps(scheduler, steps: int):
     timesteps = timestep_grid(steps, start)  # kept on the CPU: a step then waits for nothing on a GPU
     if isinstance(scheduler, UniPCMultistepScheduler):  # takes no list: it is given what others make of one
         scheduler.set_timesteps(steps)
+        # sigma is the noise by the signal; UniPC interpolates between these.
         alpha_bar = scheduler.alphas_cumprod[timesteps]
         sigmas = ((1 - alpha_bar) / alpha_bar) ** 0.5
         scheduler.timesteps = torch.tensor(timesteps)
         scheduler.sigmas = torch.cat([sigmas, torch.zeros(1)])  # the last is that of the clear picture
     else:
         scheduler.set_timesteps(timesteps=timesteps)
+
+
+def make_scheduler(noise_scheduler: DDPMScheduler, sampler: str, steps: int):
+    """A scheduler of `SCHEDULERS` with the noise of `noise_scheduler`, set to so many steps, 1 to 1000."""
+    scheduler_class, options = SCHEDULERS[sampler]
+    scheduler = scheduler_class.from_config(noise_scheduler.config, **options)
+    set_steps(scheduler, steps)
+    return scheduler
+
+
+def initial_noise(seeds: list[int], device: torch.device) -> torch.Tensor:
+    """Noise [B, 3, 64, 64], a seed for each picture: drawn on the CPU, so it is the same on any device."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return randn_tensor((len(seeds), 3, IMAGE_SIZE, IMAGE_SIZE), generator=generators).to(device)
+
+
+# -------------------------------------------------------------------------------------------------- guidance
+
+
+def is_within(interval: Interval, timestep: torch.Tensor) -> bool:
+    """Whether a timestep [] lies in an interval, bounds included."""
+    return bool(interval[0] <= timestep <= interval[1])
+
+
+def predict(
+    model: Network, images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor, size: int
+) -> torch.Tensor:
+    """What the network predicts [B, 3, 64, 64], `size` at a time: B may be many times what a device likes."""
+    predictions = torch.empty_like(images)
+    for start in range(0, len(images), size):  # copied at once: a CUDA graph writes to the same place again
+        part = slice(start, start + size)
+        predictions[part] = model(images[part], timesteps[part], labels[part])
+    return predictions
+
+
+class Negatives:
+    """The hard negatives of a batch of B pictures, K in all: for each picture those [k, 24] of `label_lists`,
+    k >= 0, of what it might become by mistake."""
+
+    def __init__(self, label_lists: Sequence[torch.Tensor], device: torch.device):
+        # Pictures have different numbers of hard negatives, so all of them stand in one list with their owners.
+        pairs = [(i, label) for i, own in enumerate(label_lists) for label in own]
+        if device.type == "cuda":
+            # A compiled network wants few sizes of batches: the first pair fills up to a multiple of B.
+            pairs += pairs[:1] * (-len(pairs) % len(label_lists))
+        labels = [label for _, label in pairs]
+        owners = [i for i, _ in pairs]
+        self.labels = torch.stack(labels).to(device) if labels else torch.zeros(0, NUM_OBJECTS, device=device)
+        self.owners = torch.tensor(owners, dtype=torch.long, device=device)  # [K], the picture of each
+        self.is_own = self.owners == torch.arange(len(label_lists), device=device)[:, None]  # [B, K]
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def away(self, conditional: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        """The direction [B, 3, 64, 64] away from the hard negative whose prediction, of `negative`
+        [K, 3, 64, 64], lies nearest to the `conditional` one [B, 3, 64, 64]: the mistake that the picture is
+        about to make. Zeros for a picture without any."""
+        # All K are compared with the prediction of their own picture, then each picture takes its nearest.
+        distances = (negative - conditional[self.owners]).square().mean((1, 2, 3))  # [K]
+        nearest = torch.where(self.is_own, distances, torch.inf).argmin(1)  # [B]
+        # A picture without hard negatives took some other picture's above: that counts nothing.
+        has_any = self.is_own.any(1)[:, None, None, None]
+        return (conditional - negative[nearest]) * has_any
+
+
+def predict_together(
+    model: Network,
+    images: torch.Tensor,
+    timestep: torch.Tensor,
+    labels: torch.Tensor,
+    with_unconditional: bool,
+    negatives: Negatives | None,
+) -> list[torch.Tensor]:
+    """The predictions for images [B, 3, 64, 64] at a timestep [] given their labels [B, 24], then if asked
+    for those given no label, then those given the hard negatives [K, 3, 64, 64]: in one pass."""
+    everyone = torch.arange(len(images), device=images.device)
+    rows = [everyone]  # of the image that each prediction is for
+    parts = [labels]
+    if with_unconditional:
+        rows.append(everyone)
+        parts.append(torch.zeros_like(labels))  # as label dropout has shown them in training
+    if negatives:
+        rows.append(negatives.owners)
+        parts.append(negatives.labels)
+    all_rows = torch.cat(rows)
+    timesteps = torch.full_like(all_rows, timestep.item())
+    # At most twice the batch at a time: guidance alone then takes one pass, and so it is compiled.
+    predictions = predict(model, images[all_rows], timesteps, torch.cat(parts), 2 * len(images))
+    return list(predictions.split([len(part) for part in parts]))
+
+
+@torch.enable_grad()
+def evaluator_gradient(
+    evaluator: torch.nn.Module,
+    noise_scheduler: DDPMScheduler,
+    images: torch.Tensor,
+    prediction: torch.Tensor,
+    timestep: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """What classifier guidance (arXiv 2105.05233, algorithm 2) subtracts from `prediction` [B, 3, 64, 64].
+
+    As the evaluator knows no noise, it judges the estimate of the clean picture (arXiv 2302.07121), whose
+    derivative by the noisy one is taken to be sqrt(alpha_bar), so that the network need not be gone back
+    through: epsilon - s sqrt(1 - alpha_bar) sqrt(alpha_bar) gradient, or v - s sqrt(1 - alpha_bar) gradient.
+    """
+    alpha_bar = noise_scheduler.alphas_cumprod[timestep]
+    signal = alpha_bar.sqrt().item()
+    noise = (1 - alpha_bar).sqrt().item()
+    # The clean picture that a noisy one with this prediction stands for, and what its gradient is times.
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        clean = signal * images - noise * prediction
+        factor = noise
+    else:
+        clean = (images - noise * prediction) / signal
+        factor = noise * signal
+    clean = clean.clamp(-1, 1).detach().requires_grad_()
+    log_likelihood = -F.binary_cross_entropy(evaluator(clean), labels, reduction="sum")
+    return factor * torch.autograd.grad(log_likelihood, clean)[0]
+
+
+# -------------------------------------------------------------------------------------------------- sampling
 
 
 def check_finite(sums: list[torch.Tensor], images: torch.Tensor, timesteps: list[int]):
@@ -117,10 +240,10 @@ def generate(
     sampler: str,
     steps: int,
     guidance_scale: float,
-    guidance_interval: tuple[float, float] = (0, 1000),
+    guidance_interval: Interval = (0, 1000),
     negative_labels: Sequence[torch.Tensor] = (),
     negative_scale: float = 0.0,
-    negative_interval: tuple[float, float] = (0, 1000),
+    negative_interval: Interval = (0, 1000),
     evaluator: torch.nn.Module | None = None,
     evaluator_scale: float = 0.0,
     callback: Callable[[torch.Tensor], None] = lambda images: None,
@@ -130,63 +253,39 @@ def generate(
     Each picture draws its noise from its own seed, so it does not depend on its neighbours in the batch.
     `guidance_scale` w: unconditional + w (conditional - unconditional) prediction (arXiv 2207.12598), at
     timesteps within `guidance_interval`, bounds included (arXiv 2404.07724); outside of it and for w 1 the
-    unconditional one is not computed.
-
-    `negative_labels`: for each picture those [K, 24], K >= 0, of what it might become by mistake. Within
-    `negative_interval`, `negative_scale` (conditional - negative) is added, for the negative label whose
-    prediction lies nearest to the conditional one: the mistake that the picture is about to make.
-
-    `evaluator`, for `evaluator_scale` above 0: [B, 3, 64, 64] in [-1, 1] -> probabilities [B, 24]; see
-    `evaluator_gradient`. `callback` is given the images before each step, and the clear ones at the end.
+    unconditional one is not computed. `negative_labels`: for each picture its hard negatives [K, 24], K >= 0.
+    Within `negative_interval`, `negative_scale` (conditional - nearest negative) is added. `evaluator`, for
+    `evaluator_scale` above 0: images -> probabilities [B, 24]; see `evaluator_gradient`. `callback` is given
+    the images before each step, and the clear ones at the end.
 
     Raises FloatingPointError if a prediction or a picture is not finite: clamped, it would be a picture.
     """
-    device, count = labels.device, len(labels)
-    scheduler_class, options = SCHEDULERS[sampler]
-    scheduler = scheduler_class.from_config(noise_scheduler.config, **options)
-    set_steps(scheduler, steps)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same start on any device
-    images = randn_tensor((count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generators).to(device)
+    scheduler = make_scheduler(noise_scheduler, sampler, steps)
+    images = initial_noise(seeds, labels.device)
     step_options = {}
-    if sampler in STOCHASTIC:
-        step_options["generator"] = [torch.Generator(device).manual_seed(seed + 1) for seed in seeds]
-    everyone = torch.arange(count, device=device)
-    mistakes = [(i, label) for i, own in enumerate(negative_labels) for label in own]
-    if device.type == "cuda":  # a compiled network wants few sizes of batches
-        mistakes += mistakes[:1] * (-len(mistakes) % count)
-    owners = torch.tensor([i for i, _ in mistakes], dtype=torch.long, device=device)  # [K]
-    negatives = (
-        torch.stack([label for _, label in mistakes]).to(device) if mistakes else labels[:0]
-    )  # [K, 24]
-    owned = owners == everyone[:, None]  # [B, K]
+    if sampler in STOCHASTIC:  # noise of its own for each picture here too
+        step_options["generator"] = [torch.Generator(labels.device).manual_seed(seed + 1) for seed in seeds]
+    negatives = Negatives(negative_labels, labels.device)
     sums = []  # of each prediction: looked at once at the end, since to look is to wait for the device
     for t in scheduler.timesteps:
         callback(images)
-        guided = guidance_scale != 1 and guidance_interval[0] <= t <= guidance_interval[1]
-        negated = negative_scale > 0 and mistakes and negative_interval[0] <= t <= negative_interval[1]
-        parts = {"conditional": (everyone, labels)}
-        if guided:
-            parts["unconditional"] = (everyone, torch.zeros_like(labels))
-        if negated:
-            parts["negative"] = (owners, negatives)
-        rows, batch_labels = (torch.cat(column) for column in zip(*parts.values(), strict=True))
-        inputs, timesteps = scheduler.scale_model_input(images, t), torch.full_like(rows, t.item())
-        predictions = predict(model, inputs[rows], timesteps, batch_labels, 2 * count)
-        predictions = predictions.split([len(part) for part, _ in parts.values()])
-        predictions = dict(zip(parts, predictions, strict=True))
-        prediction = conditional = predictions["conditional"]
-        if guided:
-            unconditional = predictions["unconditional"]
+        is_guided = guidance_scale != 1 and is_within(guidance_interval, t)
+        is_negated = negative_scale > 0 and len(negatives) > 0 and is_within(negative_interval, t)
+        inputs = scheduler.scale_model_input(images, t)
+        predictions = predict_together(model, inputs, t, labels, is_guided, negatives if is_negated else None)
+        conditional = predictions[0]
+        prediction = conditional
+        # Classifier-free guidance: further in the direction in which the label changes the prediction.
+        if is_guided:
+            unconditional = predictions[1]
             prediction = unconditional + guidance_scale * (conditional - unconditional)
-        if negated:
-            negative = predictions["negative"]
-            distances = (negative - conditional[owners]).square().mean((1, 2, 3))  # [K]
-            nearest = torch.where(owned, distances, torch.inf).argmin(1)  # [B]
-            away = (conditional - negative[nearest]) * owned.any(1)[:, None, None, None]
-            prediction = prediction + negative_scale * away
-        if evaluator_scale > 0:
+        # Negative prompting: away from the mistake that the picture is about to make.
+        if is_negated:
+            prediction = prediction + negative_scale * negatives.away(conditional, predictions[-1])
+        if evaluator is not None and evaluator_scale > 0:
             gradient = evaluator_gradient(evaluator, noise_scheduler, images, prediction, t, labels)
             prediction = prediction - evaluator_scale * gradient
+        # diffusers clamps the clean picture it computes, which would hide a NaN: so the sum is kept.
         sums.append(prediction.sum())
         images = scheduler.step(prediction, t, images, **step_options).prev_sample
     check_finite(sums, images, scheduler.timesteps.tolist())
@@ -195,109 +294,98 @@ def generate(
     return images
 
 
-@torch.enable_grad()
-def evaluator_gradient(
-    evaluator: torch.nn.Module,
-    noise_scheduler: DDPMScheduler,
-    images: torch.Tensor,
-    prediction: torch.Tensor,
-    timestep: torch.Tensor,
-    labels: torch.Tensor,
-) -> torch.Tensor:
-    """What classifier guidance (arXiv 2105.05233, algorithm 2) subtracts from `prediction` [B, 3, 64, 64].
+# --------------------------------------------------------------------------------------- best-of-N reranking
 
-    As the evaluator knows no noise, it judges the estimate of the clean picture (arXiv 2302.07121), whose
-    derivative by the noisy one is taken to be sqrt(alpha_bar), so that the network need not be gone back
-    through: epsilon - s sqrt(1 - alpha_bar) sqrt(alpha_bar) gradient, or v - s sqrt(1 - alpha_bar) gradient.
-    """
-    alpha_bar = noise_scheduler.alphas_cumprod[timestep]
-    signal, noise = alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item()
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        clean, factor = signal * images - noise * prediction, noise
-    else:
-        clean, factor = (images - noise * prediction) / signal, noise * signal
-    clean = clean.clamp(-1, 1).detach().requires_grad_()
-    log_likelihood = -F.binary_cross_entropy(evaluator(clean), labels, reduction="sum")
-    return factor * torch.autograd.grad(log_likelihood, clean)[0]
-
-
-# -------------------------------------------------------------------------------------------------- best of N
-
-LIFT_TIMESTEPS, LIFT_DRAWS = (400, 600), 2  # at which the denoising error is measured, of so many noises each
+RATIO_TIMESTEPS = (400, 600)  # at which the denoising error is measured
+RATIO_DRAWS = 2  # of noise at each of them
 
 
 @torch.no_grad()
-def lift(
+def likelihood_ratio(
     model: Network,
     noise_scheduler: DDPMScheduler,
     images: torch.Tensor,
     labels: torch.Tensor,
     other_labels: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """How much better images [B, 3, 64, 64] in [-1, 1] fit their labels [B, 24] than any of the others: [B].
+    """How much better images [B, 3, 64, 64] in [-1, 1] fit their labels [B, 24] than any other label: [B].
 
-    The denoising error given a label bounds how unlikely it makes the picture. The lift is that of the other
-    label with the least error, of those [K, 24], K > 0, of each picture, less that of its own; above 0 the
-    picture shows what it should. With zeros for other label it is CompLift's (arXiv 2505.13740).
-    The noise is the same for all pictures, so candidates may be compared.
+    The denoising error given a label bounds the negative log likelihood of a picture given that label. The
+    result is the least error among the other labels of a picture, [K, 24] with K > 0, minus the error of its
+    own label: a log likelihood ratio but for a factor. Above 0 the picture shows what it should. With zeros
+    for other label it is the lift of CompLift (arXiv 2505.13740). All pictures get the same noise, so that
+    candidates may be compared.
     """
-    device, generator = images.device, torch.Generator().manual_seed(0)
+    device = images.device
+    generator = torch.Generator().manual_seed(0)
     everyone = torch.arange(len(images), device=device)
     counts = torch.tensor([len(others) for others in other_labels], device=device)
     rows = torch.cat([everyone, everyone.repeat_interleave(counts)])  # [B + all K]
     tried = torch.cat([labels, *(others.to(device) for others in other_labels)])  # [B + all K, 24]
+    # The mean squared error of the prediction, as in training, is the bound's only part that depends on the label.
     errors = torch.zeros(len(rows), device=device)
-    for t in LIFT_TIMESTEPS:
-        for _ in range(LIFT_DRAWS):
+    for t in RATIO_TIMESTEPS:
+        for _ in range(RATIO_DRAWS):
+            # One noise for all: the difference of two errors has then far less variance than each of them.
             noise = torch.randn(1, *images.shape[1:], generator=generator).to(device).expand_as(images)
             timesteps = torch.full_like(everyone, t)
             noisy = noise_scheduler.add_noise(images, noise, timesteps)
-            target = noise
-            if noise_scheduler.config.prediction_type == "v_prediction":
-                target = noise_scheduler.get_velocity(images, noise, timesteps)
+            target = target_of(noise_scheduler, images, noise, timesteps)
             prediction = predict(model, noisy[rows], timesteps[rows], tried, 2 * len(images))
             errors += (prediction - target[rows]).square().mean((1, 2, 3))
-    own, others = errors.split([len(images), len(rows) - len(images)])
+    own = errors[: len(images)]
+    others = errors[len(images) :]
+    # The hardest of the other labels to tell from the own one.
     least = torch.full_like(own, torch.inf).scatter_reduce(0, rows[len(images) :], others, "amin")
-    return (least - own) / (len(LIFT_TIMESTEPS) * LIFT_DRAWS)
+    return (least - own) / (len(RATIO_TIMESTEPS) * RATIO_DRAWS)
 
 
-def paint(
-    network: Network,
-    plain_network: Network,
-    noise_scheduler: DDPMScheduler,
-    conditions: list[list[str]],
-    places: list[tuple[int, int]],
-    options: dict,
-    device: torch.device,
-    evaluator: torch.nn.Module,
-    best_of: int = 1,
-    lift_over: str = "mistakes",
-    callback: Callable[[torch.Tensor], None] = lambda images: None,
-) -> torch.Tensor:
-    """Pictures [B, 3, 64, 64] in [-1, 1] of `conditions`, each the best of so many candidates by its lift.
+@dataclass
+class Painter:
+    """Paints batches of conditions, each picture the best of `best_of` candidates by its likelihood ratio.
 
-    `network` may be compiled for batches of B; `plain_network` is the same, not compiled. `places`: (seed of
-    the run, index in the list), on which a picture's noise depends. `options`: of `generate`. `lift_over`:
-    "mistakes", labels with one mistake in them, or "unconditional", none at all. `callback` as in `generate`.
+    `network` may be compiled for one size of batches; `plain_network` is the same, not compiled. `options`:
+    of `generate`. `lift_over`: what a label is compared with, "mistakes" for labels with one mistake in them,
+    or "unconditional" for no label at all.
     """
-    objects = load_objects()
-    labels = multi_hot(conditions, objects).to(device)
-    options = options | {
-        "negative_labels": [twin_labels(condition, objects) for condition in conditions],
-        "evaluator": evaluator,
-        "callback": callback,
-    }
-    candidates = []
-    for k in range(best_of):
-        seeds = [picture_seed(seed, index, k) for seed, index in places]
-        candidates.append(generate(network, noise_scheduler, labels, seeds, **options))
-    if best_of == 1:
-        return candidates[0]
-    if lift_over == "mistakes":
-        others = [mistaken_labels(condition, objects) for condition in conditions]
-    else:
-        others = [torch.zeros(1, NUM_OBJECTS)] * len(conditions)
-    lifts = [lift(plain_network, noise_scheduler, images, labels, others) for images in candidates]
-    best = torch.stack(lifts).argmax(0)  # [B]
-    return torch.stack(candidates)[best, torch.arange(len(best))]
+
+    network: Network
+    plain_network: Network
+    noise_scheduler: DDPMScheduler
+    options: dict[str, Any]
+    device: torch.device
+    evaluator: torch.nn.Module | None = None
+    best_of: int = 1
+    lift_over: str = "mistakes"
+
+    def paint(
+        self,
+        conditions: list[list[str]],
+        places: list[tuple[int, int]],
+        callback: Callable[[torch.Tensor], None] = lambda images: None,
+    ) -> torch.Tensor:
+        """Pictures [B, 3, 64, 64] in [-1, 1] of B conditions. `places`: (seed of the run, index in the list),
+        on which a picture's noise depends. `callback` as in `generate`."""
+        objects = load_objects()
+        labels = multi_hot(conditions, objects).to(self.device)
+        options = dict(self.options)
+        options["negative_labels"] = [hard_negatives(condition, objects) for condition in conditions]
+        options["evaluator"] = self.evaluator
+        options["callback"] = callback
+        # A candidate is the same picture with other noise.
+        candidates = []
+        for k in range(self.best_of):
+            seeds = [picture_seed(seed, index, k) for seed, index in places]
+            candidates.append(generate(self.network, self.noise_scheduler, labels, seeds, **options))
+        if self.best_of == 1:
+            return candidates[0]
+        if self.lift_over == "mistakes":
+            others = [labels_with_one_mistake(condition, objects) for condition in conditions]
+        else:
+            others = [torch.zeros(1, NUM_OBJECTS)] * len(conditions)
+        # Not by the compiled network, which wants all batches of one size.
+        ratios = [
+            likelihood_ratio(self.plain_network, self.noise_scheduler, images, labels, others) for images in candidates
+        ]
+        best = torch.stack(ratios).argmax(0)  # [B]
+        return torch.stack(candidates)[best, torch.arange(len(best))]

@@ -86,9 +86,9 @@ def load_config(path: Path, kind: type) -> dict:
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected the arguments of {kind.__name__}")
     config = {name: value for name, value in config.items() if not name.startswith("_")}  # diffusers' notes
-    defaults = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items()}
+    defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
     for name, value in config.items():
-        if name == "self" or name not in defaults:
+        if name not in defaults:
             raise InputError(f"{path}, entry {shown(name)}: no argument of {kind.__name__}")
         if not fits(value, defaults[name]):
             raise InputError(f"{path}, {name}: expected one like {defaults[name]!r}, got {shown(value)}")
@@ -99,7 +99,8 @@ def load_network(path: Path) -> ConditionalUNet:
     """The network of a config file, without weights: on the meta device, and seen to work there, so that a
     file asking for more than there is costs nothing. Raises InputError."""
     config = load_config(path, ConditionalUNet)
-    if (layers := config.get("layers_per_block", 1)) > 16:
+    layers = config.get("layers_per_block", 1)
+    if layers > 16:
         raise InputError(f"{path}, layers_per_block: expected up to 16, got {layers}")
     try:
         with torch.device("meta"), torch.no_grad(), warnings.catch_warnings(action="ignore"):
@@ -114,11 +115,10 @@ def load_network(path: Path) -> ConditionalUNet:
 def load_noise_scheduler(path: Path) -> DDPMScheduler:
     """The noise scheduler of a config file. Raises InputError."""
     config = load_config(path, DDPMScheduler)
-    for name, known in {
-        "num_train_timesteps": [1000],
-        "prediction_type": ["epsilon", "v_prediction"],
-    }.items():
-        if (value := config.get(name, known[0])) not in known:
+    allowed: dict[str, list] = {"num_train_timesteps": [1000], "prediction_type": ["epsilon", "v_prediction"]}
+    for name, known in allowed.items():
+        value = config.get(name, known[0])
+        if value not in known:
             raise InputError(f"{path}, {name}: expected {' or '.join(map(str, known))}, got {shown(value)}")
     try:
         return DDPMScheduler(**config)

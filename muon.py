@@ -12,7 +12,10 @@ from timm.optim.nadamw import nadamw
 
 from infra.device import has_fast_bf16
 
-MOMENTUM, BETAS, EPSILON = 0.95, (0.9, 0.95), 1e-7  # timm's
+# timm's:
+MOMENTUM = 0.95
+BETAS = (0.9, 0.95)
+EPSILON = 1e-7
 # Of the five Newton-Schulz iterations (leloykun.github.io/ponder/muon-opt-coeffs), timm's "quintic".
 COEFFICIENTS = [
     (4.0848, -6.8946, 2.9270),
@@ -26,6 +29,12 @@ COEFFICIENTS = [
 def is_matrix(parameter: torch.Tensor) -> bool:
     """Whether a parameter is orthogonalised: weights of linear layers and convolutions, unless very thin."""
     return parameter.ndim > 1 and min(parameter.shape[0], parameter[0].numel()) >= 4
+
+
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def as_matrix(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -66,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        gradients = [p.grad for p in parameters]
+        gradients = [gradient_of(p) for p in parameters]
         momenta = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
@@ -77,9 +86,7 @@ class Muon(torch.optim.Optimizer):
             of_shape[matrix.shape].append((matrix, as_matrix(update, p)))
         for shape, pairs in of_shape.items():
             stacked = torch.stack([update for _, update in pairs])  # [K, out, in]
-            orthogonal = zeropower_via_newtonschulz(
-                stacked, len(COEFFICIENTS), COEFFICIENTS, EPSILON, dtype=self.dtype
-            )
+            orthogonal = zeropower_via_newtonschulz(stacked, len(COEFFICIENTS), COEFFICIENTS, EPSILON, dtype=self.dtype)
             orthogonal = orthogonal.float().contiguous()
             scale = get_lr_scale(shape, "match_rms_adamw")
             torch._foreach_add_([matrix for matrix, _ in pairs], list(orthogonal), alpha=-lr * scale)
@@ -95,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         states = [self.state[p] for p in parameters]
         nadamw(
             parameters,
-            [p.grad for p in parameters],
+            [gradient_of(p) for p in parameters],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],

@@ -9,8 +9,9 @@ accelerate launch sample.py --mode test --num-images 50000   # several GPUs: the
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from infra.commands import ROOT, InputError, Parser, command, number, read_early, to_path, to_seed
+from infra.commands import InputError, Parser, command, number, read_early, to_path, to_seed
 from infra.signals import signals_interrupt
 from options import PRECISIONS, RANGES, SAMPLERS
 
@@ -32,13 +33,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     amount.add_argument("--num-images", type=number(int, 1), metavar="N", help="the same, up to N pictures")
     add("--batch-size", type=number(int, 1), help="pictures at a time (default: 64, on a CPU 16)")
     add("--mixed-precision", choices=PRECISIONS, help="default: what is fastest here")
-    add(
-        "--evaluator", type=to_path, help="default: checkpoint.pth if it is there, else weights/evaluator.pth"
-    )
+    add("--evaluator", type=to_path, help="default: checkpoint.pth if it is there, else weights/evaluator.pth")
 
     group = parser.add_argument_group("sampling (defaults: what the weights were made for)")
-    add, kinds = group.add_argument, {name: number(float, *RANGES[name]) for name in RANGES}
-    interval = {"nargs": 2, "metavar": ("LOW", "HIGH")}
+    add = group.add_argument
+    kinds = {name: number(float, *RANGES[name]) for name in RANGES}
+    interval: dict[str, Any] = {"nargs": 2, "metavar": ("LOW", "HIGH")}
     add("--sampler", choices=SAMPLERS)
     add("--steps", type=number(int, *RANGES["steps"]), help="denoising steps, 1 to 1000")
     add("--guidance-scale", type=kinds["guidance_scale"], help="1: no guidance")
@@ -65,45 +65,34 @@ if __name__ == "__main__":
     read_early(parse_args)
 
 import contextlib
-import datetime
-import functools
 import json
 import statistics
 import sys
 import time
-from importlib.metadata import version
 
 import torch
+from accelerate import PartialState
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from checkpoint import SHIPPED, fingerprint, load_weights, newest, newest_weights
+from bookkeeping.lists import PictureList, claim, load_lists, settings_of, strip
+from checkpoint import describe, load_weights, newest, newest_weights
 from dataset import read_pictures, to_uint8, write_picture
-from diffusion import STOCHASTIC, batch_size_for, paint
-from infra.device import choose_precision, choose_setup, explained, join_processes, prepare
-from infra.files import file_sha256, lock, write_json
-from infra.lists import SAMPLING_VERSION, STRIP, PictureList, load_list
+from diffusion import Painter
+from infra.device import batch_size_for, choose_setup, explained, join_processes, prepare
+from infra.files import write_json
+from lab import load_evaluator
 from labels import load_objects, multi_hot
-from scoring import Scoring, load_evaluator
+from scoring import Scoring
+
+# ----------------------------------------------------------------------------------------- lists to pictures
 
 
-def describe(folder: Path, metadata: dict) -> str:
-    seen = metadata["pictures_seen"]
-    epoch = metadata["data"]["labelled"]
-    line = f"weights: {folder} ({metadata['model']}, trained on {seen:,} pictures"
-    if seen < epoch:
-        line += f", less than one epoch of {epoch:,}; trained ones ship in {SHIPPED.relative_to(ROOT)}"
-    return line + ")"
+Batch = list[tuple[PictureList, int]]  # pictures as (list, index)
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-def batches_of(lists: list[PictureList], size: int) -> list[list[tuple[PictureList, int]]]:
-    """All pictures in one queue, as (list, index), in batches of `size`, less those that are all there.
+def batches_of(lists: list[PictureList], size: int) -> list[Batch]:
+    """All pictures in one queue, in batches of `size`, less those that are all there.
 
     A batch of which some are missing is painted whole, so that what is written does not depend on where an
     earlier run was stopped.
@@ -113,53 +102,53 @@ def batches_of(lists: list[PictureList], size: int) -> list[list[tuple[PictureLi
     return [batch for batch in batches if any(i in one.missing for one, i in batch)]
 
 
-def paint_batches(batches: list, size: int, painter, begin, bar: tqdm):
-    """Paint `batches_of` lists and write what was missing. `size`: what each is filled up to.
+def paint_batch(batch: Batch, size: int, painter: Painter, bar: tqdm) -> torch.Tensor:
+    """The pictures of a batch, uint8 [B, 3, 64, 64] on the CPU. `size`: what it is filled up to.
 
-    `painter(conditions, places, callback)` gives pictures [B, 3, 64, 64], as `sampling.paint` does. `begin()`
-    is called once, before the first picture is written.
+    Of a strip, the frames are kept on the way.
     """
-    has_begun = False
-    for batch in batches:
-        filled = batch + batch[-1:] * (size - len(batch))
-        strips = [(place, one) for place, (one, i) in enumerate(batch) if one.is_process and i in one.missing]
+    filled = batch + batch[-1:] * (size - len(batch))
+    strips = [(place, one) for place, (one, i) in enumerate(batch) if one.is_process and i in one.missing]
 
-        def look(images: torch.Tensor, strips=strips):
-            bar.update()
-            for place, one in strips:
+    def look(images: torch.Tensor):
+        bar.update()
+        for place, one in strips:
+            if len(one.frames) <= painter.options["steps"]:  # of the first candidate
                 one.frames.append(images[place].clone())  # a part of the batch would keep the whole of it
 
-        conditions = [one.conditions[one.places[i][1]] for one, i in filled]
-        images = painter(conditions, [one.places[i] for one, i in filled], callback=look)
+    conditions = [one.conditions[one.places[i][1]] for one, i in filled]
+    images = painter.paint(conditions, [one.places[i] for one, i in filled], callback=look)
+    return to_uint8(images[: len(batch)]).cpu()
+
+
+def begin(lists: list[PictureList], state: PartialState):
+    """Claim files and folders of the lists on disk. Once all processes have painted a batch, so that nothing
+    is lost where that fails."""
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for one in lists:
+            one.begin()
+    state.wait_for_everyone()
+
+
+def paint_lists(
+    lists: list[PictureList], batches: list[Batch], size: int, painter: Painter, bar: tqdm, state: PartialState
+):
+    """Paint the `batches` of this process and write the pictures that are missing."""
+    has_begun = False
+    for batch in batches:
+        images = paint_batch(batch, size, painter, bar)
         if not has_begun:
-            begin()
+            begin(lists, state)
             has_begun = True
-        for image, (one, i) in zip(to_uint8(images).cpu(), batch, strict=False):
+        for image, (one, i) in zip(images, batch, strict=True):
             if i in one.missing and not one.is_process:
                 write_picture(one.picture_path(i), image)
     if not has_begun:
-        begin()
+        begin(lists, state)
 
 
-def strip(frames: list[torch.Tensor]) -> torch.Tensor:
-    """`STRIP` of the frames [3, 64, 64] as a row: the first, the last, and more of the later ones, in which
-    there is more to see."""
-    way = 1 - torch.linspace(1, 0, min(STRIP, len(frames))) ** 1.7
-    chosen = (way * (len(frames) - 1)).round().int().tolist()
-    return make_grid(to_uint8(torch.stack([frames[i] for i in chosen])).cpu(), nrow=STRIP)
-
-
-def note_painting(one: PictureList, seconds: float):
-    """Note in the report how many pictures were painted, how long that took at `seconds` a picture of all
-    lists, and the date: of the newest run that had any to paint."""
-    how, count = "all there before", len(one.missing)
-    if count or "date" not in one.report:
-        one.report["painted"] = count
-        one.report["seconds"] = round(count * seconds, 2)
-        one.report["date"] = datetime.date.today().isoformat()
-    if count:
-        how = f"{count} painted in {count * seconds:.1f} s, {1 / seconds:.2f} a second"
-    print(f"pictures: {one.target}/0.png to {len(one.places) - 1}.png ({how})")
+# ---------------------------------------------------------------------------------------- pictures to scores
 
 
 def score(evaluator: Scoring, one: PictureList):
@@ -170,24 +159,53 @@ def score(evaluator: Scoring, one: PictureList):
     """
     pictures = read_pictures(one.target, len(one.places))
     labels = multi_hot(one.conditions, load_objects())
-    accuracies, exact_sets = [], []
+    accuracies: list[float] = []
+    exact_sets: list[float] = []
     for part in pictures.split(len(labels)):  # [N, 3, 64, 64]
         if len(part) == len(labels) or not accuracies:
             found = evaluator.judge(part)
             accuracies.append(evaluator.compute_acc(found, labels[: len(part)]))
             exact_sets.append(evaluator.exact_set(found, labels[: len(part)]))
     write_picture(one.grid_path, make_grid(pictures[: len(labels)], nrow=8))
-    mean, exact_set, runs = statistics.mean(accuracies), statistics.mean(exact_sets), len(accuracies)
-    deviation = statistics.stdev(accuracies) if runs > 1 else None
-    scores = {"accuracy": mean, "standard_deviation": deviation, "exact_set": exact_set}
-    scores |= {"accuracies": accuracies, "exact_sets": exact_sets, "evaluator": str(evaluator.path)}
+    scores = {
+        "accuracy": statistics.mean(accuracies),
+        "standard_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "exact_set": statistics.mean(exact_sets),
+        "accuracies": accuracies,
+        "exact_sets": exact_sets,
+        "evaluator": str(evaluator.path),
+    }
     report = scores | {name: value for name, value in one.report.items() if name not in scores}
     write_json(one.report_path, report)
 
     print(f"grid: {one.grid_path}, report: {one.report_path}")
-    spread = f" (mean of {runs} seeds, standard deviation {deviation:.4f})" if deviation is not None else ""
+    spread = ""
+    if len(accuracies) > 1:
+        deviation = scores["standard_deviation"]
+        spread = f" (mean of {len(accuracies)} seeds, standard deviation {deviation:.4f})"
     by = ", guided by the evaluator: no measure of the model" if report.get("evaluator_scale") else ""
-    print(f"accuracy: {mean:.4f}{spread}, exact set: {exact_set:.4f}{by}")
+    print(f"accuracy: {scores['accuracy']:.4f}{spread}, exact set: {scores['exact_set']:.4f}{by}")
+
+
+def finish(lists: list[PictureList], evaluator: Scoring, start: float, state: PartialState):
+    """Write the strip and score the lists; `start`: when painting began, by time.perf_counter()."""
+    for one in lists:
+        if one.frames:  # in the process that painted it
+            write_picture(one.grid_path, strip(one.frames))
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - start
+    if not state.is_main_process:
+        return
+    painted = sum(len(one.missing) for one in lists)
+    for one in lists:
+        if one.is_process:
+            print(f"process: {one.grid_path}, {', '.join(one.conditions[0])}")
+        else:
+            one.note_painting(seconds / max(1, painted))
+            score(evaluator, one)
+
+
+# --------------------------------------------------------------------------------------------------- command
 
 
 @contextlib.contextmanager
@@ -205,61 +223,17 @@ def endings_explained(lists: list[PictureList], weights: Path):
         raise InputError(f"{weights}: {error}; of these pictures none is written") from None
 
 
-def claim(lists: list[PictureList], settings: dict, overwrite: bool, state, stack: contextlib.ExitStack):
-    """Lock the folders of the lists until `stack` ends, and find out what is missing. Raises InputError."""
-    if state.is_main_process:
-        for one in lists:
-            one.read_report()  # refuses before the lock makes a folder
-            if not one.is_process:
-                stack.enter_context(lock(one.target))
-    with state.main_process_first():  # so that a mistake is told once
-        for one in lists:
-            one.plan(settings, overwrite)
-
-
-def settings_of(
-    args: argparse.Namespace, options: dict, size: int, metadata: dict, evaluator: Scoring, device
-) -> dict:
-    """How the pictures of any list are painted, for the reports; lists.DECISIVE names what decides."""
-    precision, _ = choose_precision(device, args.mixed_precision)
-    settings = {
-        "seed": args.seed,
-        **options,
-        "precision": precision,
-        "batch_size": size,
-        "weights": str(args.weights),
-        "model": metadata["model"],
-        "pictures_seen": metadata["pictures_seen"],
-        "device": device_name(device),
-        "weights_sha256": fingerprint(args.weights),
-        "sampling_version": SAMPLING_VERSION,
-    }
-    if options["sampler"] in STOCHASTIC:  # each kind of device has random numbers of its own
-        settings["noise_from"] = device.type
-    if args.best_of > 1:
-        settings["best_of"] = args.best_of
-        settings["lift_over"] = args.lift_over
-    if options.get("evaluator_scale"):
-        settings["evaluator_sha256"] = file_sha256(evaluator.path)
-    for name in ("torch", "diffusers"):
-        settings[name] = version(name)
-    return settings
-
-
 @command
 def main(argv: list[str] | None = None):
-    args, state = parse_args(argv), join_processes()
-    is_main = state.is_main_process
+    args = parse_args(argv)
+    state = join_processes()
     args.weights = newest(args.weights or newest_weights())  # now: a run may be saving newer ones
     model, noise_scheduler, metadata = load_weights(args.weights)
     state.print(describe(args.weights, metadata))
     given = {name: getattr(args, name) for name in ("sampler", *RANGES)}
     options = metadata["sampling"] | {name: value for name, value in given.items() if value is not None}
-    objects, evaluator = load_objects(), load_evaluator(args.evaluator, state.device)
-    lists = [load_list(mode, args, metadata["unseen"], objects) for mode in args.mode]
-    names = [one.target.name for one in lists]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"--mode: two lists named {repeated[0]} would share one folder; sample them apart")
+    evaluator = load_evaluator(args.evaluator, state.device)
+    lists = load_lists(args, metadata["unseen"])
     amount = sum(len(one.places) for one in lists)
     size = batch_size_for(state.device, amount, state.num_processes, args.batch_size)
     settings = settings_of(args, options, size, metadata, evaluator, state.device)
@@ -269,41 +243,24 @@ def main(argv: list[str] | None = None):
         stack.enter_context(explained(state.device, f"with --batch-size {size}{smaller}"))
         stack.enter_context(endings_explained(lists, args.weights))
         claim(lists, settings, args.overwrite, state, stack)
-
-        def begin():
-            state.wait_for_everyone()  # all have painted a batch, so nothing is lost where that fails
-            if is_main:
-                for one in lists:
-                    one.begin()
-            state.wait_for_everyone()
-
-        batches = batches_of(lists, size)
-        mine = batches[state.process_index :: state.num_processes]
-        passes = options["steps"] * args.best_of * len(mine)
-        setup = choose_setup(state, args.mixed_precision, passes, training=False)
+        batches = batches_of(lists, size)[state.process_index :: state.num_processes]
+        setup = choose_setup(
+            state, args.mixed_precision, options["steps"] * args.best_of * len(batches), training=False
+        )
         state.print(setup)
         state.print(f"evaluator: {evaluator.path}; {json.dumps(options)}")
         plain_network, network = prepare(model, setup)
-        painter = functools.partial(
-            paint, network, plain_network, noise_scheduler, options=options, device=state.device,
-            evaluator=evaluator.resnet18, best_of=args.best_of, lift_over=args.lift_over,
+        painter = Painter(
+            network, plain_network, noise_scheduler, options, state.device, evaluator.resnet18, args.best_of,
+            args.lift_over,
         )  # fmt: skip
         start = time.perf_counter()
-        calls = (options["steps"] + 1) * args.best_of * len(mine)
-        with tqdm(total=calls, unit="step", disable=not is_main, leave=False) as bar:
-            # On a CPU no batch is filled up: that costs time, and nothing there wants batches of one size.
-            paint_batches(mine, 0 if state.device.type == "cpu" else size, painter, begin, bar)
-        for one in lists:
-            if one.frames:  # in the process that painted it, of the first candidate
-                write_picture(one.grid_path, strip(one.frames[: options["steps"] + 1]))
-        state.wait_for_everyone()
-        seconds = (time.perf_counter() - start) / max(1, sum(len(one.missing) for one in lists))
-        for one in lists:
-            if is_main and one.is_process:
-                print(f"process: {one.grid_path}, {', '.join(one.conditions[0])}")
-            elif is_main:
-                note_painting(one, seconds)
-                score(evaluator, one)
+        calls = (options["steps"] + 1) * args.best_of * len(batches)
+        # On a CPU no batch is filled up: that costs time, and nothing there wants batches of one size.
+        filled = 0 if state.device.type == "cpu" else size
+        with tqdm(total=calls, unit="step", disable=not state.is_main_process, leave=False) as bar:
+            paint_lists(lists, batches, filled, painter, bar, state)
+        finish(lists, evaluator, start, state)
     state.destroy_process_group()
 
 

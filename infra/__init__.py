@@ -1,1 +1,1 @@
-"""What every command stands on: how it ends, files, devices, runs that can be watched."""
+"""What every command stands on: how it ends, files, signals, devices."""

@@ -103,7 +103,7 @@ def lasting_output() -> Iterator[None]:
 
 def _lasting(stream):
     if stream is None:  # it was closed when Python started
-        stream = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
+        stream = Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process lives
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
     return _LastingStream(stream)
@@ -139,7 +139,8 @@ def number(kind: type, low: float, high: float = math.inf):
     """An argparse type: a finite int or float from `low` to `high`."""
 
     def parse(text: str):
-        if not low <= (value := kind(text)) <= high or value == math.inf:
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
         return value
 

@@ -1,7 +1,9 @@
 """How a network runs on the devices at hand: processes, precision, layout, compiling, and what can fail."""
 
 import contextlib
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch import nn
 
 from infra.commands import InputError, shown
+from options import IMAGE_SIZE, NUM_OBJECTS
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's names
 
@@ -20,16 +23,17 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  #
 # (github.com/pytorch/pytorch/issues/196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-# Passes through the network from which on compiling pays. For `reference` compiling takes about a minute in
-# sampling and two to three in training (benchmarks/codegen.py). A pass then saves some 4.5 ms on an H100, an
-# estimate, and a training step, which goes back as well, three times that.
+# Passes through the network from which on compiling pays, an estimate. For `reference` compiling takes about a
+# minute in sampling and two to three in training, and a pass is then some 4.5 ms shorter on an H100.
 COMPILE_FROM = 12_000
 
 
 # Ways of accelerate to train that this project has not. Each is switched on by a variable, which `accelerate
 # launch` sets from its configuration file.
-_SWITCHES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
-_SWITCHES += ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER")
+_SWITCHES = (
+    "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER",
+)  # fmt: skip
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by mpirun and srun
@@ -47,9 +51,7 @@ def check_environment():
     """Raise InputError if a variable asks for what no command does, or describes processes in part."""
     for name in _SWITCHES:
         if flag(name):
-            raise InputError(
-                f"{name} is set: that is not supported; unset it, or run `accelerate config` anew"
-            )
+            raise InputError(f"{name} is set: that is not supported; unset it, or run `accelerate config` anew")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         raise InputError(f"ACCELERATE_DYNAMO_BACKEND is {backend}: compiling is chosen by itself; unset it")
@@ -74,7 +76,8 @@ def _check_device(given: list[str]):
     name = os.environ.get("ACCELERATE_TORCH_DEVICE")
     if name is None:
         return
-    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = accelerator.type if accelerator else "cpu"
     known = [kind, *(f"{kind}:{i}" for i in range(torch.cuda.device_count()))]
     if given or name not in known:
         raise InputError(
@@ -153,11 +156,13 @@ def choose_precision(device: torch.device, asked: str | None) -> tuple[str, str]
 
     Raises InputError for one that is slow on this processor.
     """
-    source, why_asked = "--mixed-precision", "asked for"
+    source = "--mixed-precision"
+    why_asked = "asked for"
     name = "ACCELERATE_MIXED_PRECISION"  # which the launcher sets to "no" where nothing was asked for
     if not asked and os.environ.get(name, "no") != "no":
         asked = os.environ[name]
-        source, why_asked = name, f"asked for by {name}"
+        source = name
+        why_asked = f"asked for by {name}"
         if asked not in DTYPES:
             raise InputError(f"{name}: expected one of {', '.join(DTYPES)}, got {shown(asked)}")
     if device.type == "cpu":
@@ -207,9 +212,18 @@ def compiler_trouble(device: torch.device, mode: str = "default") -> str | None:
     return None
 
 
-def choose_setup(
-    state: PartialState, precision: str | None, passes: int, training: bool, graphs: bool = True
-) -> Setup:
+def choose_memory_format(device: torch.device, precision: str, training: bool) -> tuple[torch.memory_format, str]:
+    """The layout of weights in memory, and why."""
+    if device.type == "cuda":
+        return torch.channels_last, "the matrix units' own layout"
+    if device.type != "cpu":
+        return torch.contiguous_format, f"{device.type} is untested"
+    if training or precision == "bf16":
+        return torch.contiguous_format, "channels_last is not faster here"
+    return torch.channels_last, "faster for sampling in fp32"
+
+
+def choose_setup(state: PartialState, precision: str | None, passes: int, training: bool, graphs: bool = True) -> Setup:
     """What is fastest on the devices of `state` for so many `passes` through a network, of each process.
 
     `graphs`: whether CUDA graphs may be used. Raises as `choose_precision`. Measured by benchmarks/speed.py;
@@ -217,14 +231,7 @@ def choose_setup(
     """
     device = state.device
     precision, why_precision = choose_precision(device, precision)
-    if device.type == "cuda":
-        memory_format, why_format = torch.channels_last, "the matrix units' own layout"
-    elif device.type != "cpu":
-        memory_format, why_format = torch.contiguous_format, f"{device.type} is untested"
-    elif training or precision == "bf16":
-        memory_format, why_format = torch.contiguous_format, "channels_last is not faster here"
-    else:
-        memory_format, why_format = torch.channels_last, "faster for sampling in fp32"
+    memory_format, why_format = choose_memory_format(device, precision, training)
 
     # CUDA graphs, where the CPU would not keep up with small batches
     mode = "reduce-overhead" if graphs else "default"
@@ -233,31 +240,66 @@ def choose_setup(
         why_compile = "gains nothing without CUDA"
     elif passes < COMPILE_FROM:
         why_compile = f"pays from some {COMPILE_FROM:,} passes, here {passes:,}"
+    elif trouble := compiler_trouble(device, mode):
+        why_compile = trouble
     else:
-        why_compile = compiler_trouble(device, mode)
-        if not why_compile:
-            compile_mode = mode
-            why_compile = f"{passes:,} passes; pays from some {COMPILE_FROM:,}"
+        compile_mode = mode
+        why_compile = f"{passes:,} passes; pays from some {COMPILE_FROM:,}"
     reasons = (why_precision, why_format, why_compile)
     return Setup(device, state.num_processes, precision, memory_format, compile_mode, reasons)
 
 
-def prepare(model: nn.Module, setup: Setup) -> tuple[nn.Module, nn.Module]:
+def prepare(model: nn.Module, setup: Setup) -> tuple[Callable, Callable]:
     """The network on its device to sample with, plain and compiled; twice the same if not to be compiled.
 
     In half precision the weights of convolutions and linear layers become so for good, as autocast would
     convert them anew in each pass; what the network predicts stays the same, bit for bit.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         # Not the first: UNet2DModel adds up its embeddings in the precision of its first parameter.
-        if isinstance(module, nn.Conv2d | nn.Linear) and module is not model.unet.conv_in:
+        if isinstance(module, nn.Conv2d | nn.Linear) and name != "unet.conv_in":
             module.to(DTYPES[setup.precision])
-    model = model.to(setup.device, memory_format=setup.memory_format).eval()
+    model.to(setup.device).to(memory_format=setup.memory_format).eval()
     accelerator = new_accelerator(mixed_precision=setup.precision)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
+    network = accelerator.prepare_model(model, evaluation_mode=True)
     if not setup.compile_mode:
-        return model, model
-    return model, torch.compile(model, mode=setup.compile_mode, dynamic=False)
+        return network, network
+    return network, torch.compile(network, mode=setup.compile_mode, dynamic=False)
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called in reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def seconds_per_picture(model: torch.nn.Module, accelerator: Accelerator) -> float:
+    """How long training takes on a picture, measured on four of them."""
+    images = torch.zeros(4, 3, IMAGE_SIZE, IMAGE_SIZE, device=accelerator.device)
+    timesteps = torch.zeros(4, device=accelerator.device)
+    labels = torch.zeros(4, NUM_OBJECTS, device=accelerator.device)
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        with accelerator.autocast():
+            prediction = model(images, timesteps, labels)
+        prediction.float().square().mean().backward()
+        seconds = (time.perf_counter() - start) / 4
+    model.zero_grad()
+    return seconds
+
+
+def batch_size_for(device: torch.device, pictures: int, processes: int, most: int | None) -> int:
+    """Pictures at a time, of so many in all.
+
+    `most`: None for what the device likes, 64, but 16 on a CPU: guidance doubles it, and more than 32 at once
+    are slower there. Elsewhere as many as make the batches of all processes even, since the last one is
+    filled up: a compiled network wants all batches of one size.
+    """
+    if device.type == "cpu":
+        return min(most or 16, math.ceil(pictures / processes))
+    rounds = math.ceil(pictures / processes / (most or 64))
+    return math.ceil(pictures / processes / rounds)
 
 
 def start_copy(numbers: torch.Tensor) -> Callable[[], list[float]]:
@@ -300,6 +342,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_missing_kernel(error: BaseException) -> bool:
     """Whether `error` says that this build of PyTorch has no code for this GPU."""
     return isinstance(error, RuntimeError) and "no kernel image is available" in str(error)
+
+
+def smaller_batch(batch_size: int, grad_accum: int, processes: int) -> str:
+    """What to try where a batch did not fit into memory."""
+    share = batch_size // processes
+    parts = next((n for n in range(2, share + 1) if share % n == 0), None)
+    line = f"with --batch-size {batch_size}; "
+    if not parts:
+        return line + "not even one picture at a time fits"
+    smaller = f"--batch-size {batch_size // parts} --grad-accum {grad_accum * parts}"
+    return f"{line}try {smaller}, which gives the same result"
 
 
 @contextlib.contextmanager

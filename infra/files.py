@@ -17,15 +17,11 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 
 from infra.commands import InputError, did_you_mean, shown
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 LOCK_NAME = ".lock"
 TEMPORARY = ".iclevr-ddpm-"  # how names of temporary files and folders begin
@@ -72,9 +68,8 @@ def load_json(path: Path | str):
 def parse_json(text: str, path: Path | str):
     """Parse the JSON text of the file `path`. Raises InputError if it is cut off, repeats a key, or holds NaN
     or an infinite number."""
-    hooks = {"object_pairs_hook": _no_duplicates, "parse_float": _finite, "parse_constant": _finite}
     try:
-        return json.loads(text, **hooks)
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_finite)
     except json.JSONDecodeError as error:
         where = f"at character {error.pos} of {len(error.doc)}"
         raise InputError(f"{path}: not valid JSON {where}: {error.msg}") from None
@@ -82,12 +77,13 @@ def parse_json(text: str, path: Path | str):
         raise InputError(f"{path}: not a valid JSON file: {error}") from None
 
 
-def check_fields(found, kinds: dict[str, type], path: Path | str) -> dict:
+def check_fields(found: Any, kinds: dict[str, type], path: Path | str) -> dict:
     """Return `found`, read from `path`, if it has a value of each kind, ints and floats not negative. Raises
     InputError."""
     for name, kind in kinds.items():
-        value = found.get(name) if isinstance(found, dict) else found
-        if type(value) is not kind or kind in (int, float) and value < 0:
+        value: Any = found.get(name) if isinstance(found, dict) else found
+        is_negative = isinstance(value, int | float) and value < 0
+        if type(value) is not kind or is_negative:
             raise InputError(f"{path}, {name}: expected {kind.__name__}, got {shown(value)}")
     return found
 
@@ -150,7 +146,7 @@ def write_whole(path: Path, content: bytes):
     try:
         with temporary.open("xb") as file:
             file.write(content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
@@ -185,8 +181,10 @@ def flush(path: Path):
 
 def has_locks(folder: Path) -> bool:
     """Whether the file system of `folder` knows locks."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return True
+    import fcntl  # which Windows has not
+
     path = temporary_beside(folder / LOCK_NAME)
     try:
         with path.open("xb") as file:
@@ -198,6 +196,15 @@ def has_locks(folder: Path) -> bool:
     finally:
         path.unlink(missing_ok=True)
     return True
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Within it an OSError becomes an InputError, which says how a run in `folder` goes on."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder}: {error}; the same command goes on from the last checkpoint") from None
 
 
 @contextlib.contextmanager
@@ -216,9 +223,7 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             held.acquire()
         except filelock.Timeout:
-            raise InputError(
-                f"{folder}: another process is at work in there; wait for it or choose --out"
-            ) from None
+            raise InputError(f"{folder}: another process is at work in there; wait for it or choose --out") from None
     else:
         print(
             f"warning: {folder}: this file system has no locks; nothing keeps a second run out of the folder",

@@ -48,7 +48,7 @@ def clean_stop(processes: int) -> Iterator[list[int]]:
 
     def watch():  # in a thread, as Python's own handlers wait for the end of a backward pass
         with ours:
-            while content := ours.recv(1):
+            for content in iter(lambda: ours.recv(1), b""):
                 number = content[0]
                 if number in numbers:
                     received.append(number)

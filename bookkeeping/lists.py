@@ -5,17 +5,27 @@ that would be painted now.
 """
 
 import argparse
+import contextlib
+import datetime
 import os
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from torchvision.utils import make_grid
 
-from dataset import read_picture
+from checkpoint import fingerprint
+from dataset import read_picture, to_uint8
+from diffusion import STOCHASTIC
 from infra.commands import ROOT, InputError, did_you_mean, shown
-from infra.files import contents, load_json, remove_temporaries, write_json
-from labels import check_condition, load_conditions
+from infra.device import choose_precision, device_name
+from infra.files import contents, file_sha256, load_json, lock, remove_temporaries, write_json
+from labels import check_condition, load_conditions, load_objects
 from options import RANGES
+from scoring import Scoring
 
 PROCESS = ["red sphere", "cyan cylinder", "cyan cube"]  # what labs want to see come out of the noise
 STRIP = 10  # pictures of it
@@ -23,15 +33,18 @@ LISTS = ("test", "new_test", "validation", "train")  # label files that ship
 SAMPLING_VERSION = 2  # one more whenever a change of the code changes pictures by more than rounding
 # What decides about a picture, beside options of sampling. Files of weights may have another name, and the
 # number of threads, the size of batches and the GPU change but rounding.
-DECISIVE = ("conditions", "seed", "precision", "weights_sha256", "evaluator_sha256", "best_of", "lift_over")
-DECISIVE += ("noise_from", "frames", "sampling_version")
-DEFAULTS = {"guidance_interval": [0, 1000], "negative_scale": 0, "negative_interval": [0, 1000]}
-DEFAULTS |= {"evaluator_scale": 0}  # of `generate`, for options that a report does not name
+DECISIVE = (
+    "conditions", "seed", "precision", "weights_sha256", "evaluator_sha256", "best_of", "lift_over",
+    "noise_from", "frames", "sampling_version",
+)  # fmt: skip
+DEFAULTS: dict[str, Any] = {  # of `generate`, for options that a report does not name
+    "guidance_interval": [0, 1000], "negative_scale": 0, "negative_interval": [0, 1000], "evaluator_scale": 0,
+}  # fmt: skip
 
 
 def decisive(report: dict) -> dict:
     """What in a report decides about its pictures, without the intervals of a guidance that there is not."""
-    found = {name: report.get(name) for name in DECISIVE}
+    found: dict[str, Any] = {name: report.get(name) for name in DECISIVE}
     for name in ("sampler", *RANGES):
         found[name] = report.get(name, DEFAULTS.get(name))
         if isinstance(found[name], tuple):
@@ -97,12 +110,14 @@ class PictureList:
         """Find out which pictures are missing of those to be painted by `settings`. Raises InputError if
         there are others, unless `overwrite`."""
         self.read_report()
-        count, painted = len(self.places), count_painted(self.before)
+        count = len(self.places)
+        painted = count_painted(self.before)
         self.report = {"labels": self.labels, **self.amounts(), "conditions": self.conditions, **settings}
         if self.before is None:
             self.missing = set(range(count))
             return
-        old, new = decisive(self.before), decisive(self.report)
+        old = decisive(self.before)
+        new = decisive(self.report)
         differences = [name for name in new if old[name] != new[name]]
         if differences and not overwrite:
             what = ", ".join(f"{name} {shown(old[name])}, now {shown(new[name])}" for name in differences)
@@ -145,6 +160,19 @@ class PictureList:
             # The scores of what is there already stay until there are new ones.
             write_json(self.report_path, {**self.before, "pictures": self.report["pictures"]})
 
+    def note_painting(self, seconds: float):
+        """Note in the report how many pictures were painted, how long that took at `seconds` a picture of all
+        lists, and the date: of the newest run that had any to paint."""
+        how = "all there before"
+        count = len(self.missing)
+        if count or "date" not in self.report:
+            self.report["painted"] = count
+            self.report["seconds"] = round(count * seconds, 2)
+            self.report["date"] = datetime.date.today().isoformat()
+        if count:
+            how = f"{count} painted in {count * seconds:.1f} s, {1 / seconds:.2f} a second"
+        print(f"pictures: {self.target}/0.png to {len(self.places) - 1}.png ({how})")
+
 
 def count_painted(report: dict | None) -> int:
     """How many numbered pictures are sample.py's, by the report beside them."""
@@ -178,9 +206,7 @@ def load_list(mode: str, args: argparse.Namespace, unseen: list, objects: dict[s
         path = known if known.exists() else path
         if not path.exists():
             names = [*LISTS, "unseen", "process", *sorted(p.name for p in Path().glob("*.json"))]
-            raise InputError(
-                f"--mode {mode}: no such file, nor a list of that name{did_you_mean(mode, names)}"
-            )
+            raise InputError(f"--mode {mode}: no such file, nor a list of that name{did_you_mean(mode, names)}")
         conditions = load_conditions(path, objects)
     # Picture i shows condition i % N, with the seed that follows for each time through the list.
     amount = args.num_images or args.seeds * len(conditions)
@@ -189,3 +215,62 @@ def load_list(mode: str, args: argparse.Namespace, unseen: list, objects: dict[s
     places = [(args.seed + i // len(conditions), i % len(conditions)) for i in range(amount)]
     name = path.name.removesuffix(".json") or path.name
     return PictureList(path.name, conditions, args.out / name, places)
+
+
+def load_lists(args: argparse.Namespace, unseen: list) -> list[PictureList]:
+    """The lists that --mode names. Raises InputError, also for two of one name."""
+    lists = [load_list(mode, args, unseen, load_objects()) for mode in args.mode]
+    names = [one.target.name for one in lists]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--mode: two lists named {name} would share one folder; sample them apart")
+    return lists
+
+
+def settings_of(
+    args: argparse.Namespace, options: dict, size: int, metadata: dict, evaluator: Scoring, device: torch.device
+) -> dict[str, Any]:
+    """How the pictures of any list are painted, for the reports; DECISIVE names what decides."""
+    precision, _ = choose_precision(device, args.mixed_precision)
+    settings: dict[str, Any] = {
+        "seed": args.seed,
+        **options,
+        "precision": precision,
+        "batch_size": size,
+        "weights": str(args.weights),
+        "model": metadata["model"],
+        "pictures_seen": metadata["pictures_seen"],
+        "device": device_name(device),
+        "weights_sha256": fingerprint(args.weights),
+        "sampling_version": SAMPLING_VERSION,
+    }
+    if options["sampler"] in STOCHASTIC:  # each kind of device has random numbers of its own
+        settings["noise_from"] = device.type
+    if args.best_of > 1:
+        settings["best_of"] = args.best_of
+        settings["lift_over"] = args.lift_over
+    if options.get("evaluator_scale"):
+        settings["evaluator_sha256"] = file_sha256(evaluator.path)
+    for name in ("torch", "diffusers"):
+        settings[name] = version(name)
+    return settings
+
+
+def claim(lists: list[PictureList], settings: dict, overwrite: bool, state: PartialState, stack: contextlib.ExitStack):
+    """Lock the folders of the lists until `stack` ends, and find out what is missing. Raises InputError."""
+    if state.is_main_process:
+        for one in lists:
+            one.read_report()  # refuses before the lock makes a folder
+            if not one.is_process:
+                stack.enter_context(lock(one.target))
+    with state.main_process_first():  # so that a mistake is told once
+        for one in lists:
+            one.plan(settings, overwrite)
+
+
+def strip(frames: list[torch.Tensor]) -> torch.Tensor:
+    """`STRIP` of the frames [3, 64, 64] as a row: the first, the last, and more of the later ones, in which
+    there is more to see."""
+    way = 1 - torch.linspace(1, 0, min(STRIP, len(frames))) ** 1.7
+    chosen = (way * (len(frames) - 1)).round().int().tolist()
+    return make_grid(to_uint8(torch.stack([frames[i] for i in chosen])).cpu(), nrow=STRIP)

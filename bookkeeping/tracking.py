@@ -22,8 +22,7 @@ def wandb_errors() -> Iterator[None]:
         yield
     except (wandb.Error, ValueError) as error:
         raise InputError(
-            f"--log-with wandb: {error} (`wandb login` or WANDB_API_KEY gives it a key, WANDB_MODE=offline "
-            f"needs none)"
+            f"--log-with wandb: {error} (`wandb login` or WANDB_API_KEY gives it a key, WANDB_MODE=offline needs none)"
         ) from None
 
 

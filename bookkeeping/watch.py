@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -40,7 +40,7 @@ def open_log(path: Path, step: int):
 class Step(NamedTuple):
     """A step whose numbers are on their way from the device."""
 
-    index: int
+    number: int  # from 0
     read: Callable[[], list[float]]  # gives them, and waits for them if need be
     learning_rate: float
     pictures: torch.Tensor  # indices [B]
@@ -63,17 +63,19 @@ class Watch:
         first_step: int,
         losses: list[float],
     ):
-        self.args, self.accelerator, self.lag = args, accelerator, lag
+        self.args = args
+        self.accelerator = accelerator
+        self.lag = lag
         self.filenames = filenames  # of all pictures
         self.losses = losses  # since the last line in the log
-        self.bar = None  # to show the loss in
+        self.bar: Any = None  # to show the loss in
         self._steps: deque[Step] = deque()
-        self._stop_step = None  # in which a signal to stop had arrived, in any process
+        self._stop_step: int | None = None  # in which a signal to stop had arrived, in any process
         self._skipped = 0  # steps in a row
         self._batch_size = args.batch_size * args.grad_accum
         self._last_logged = first_step
         self._last_time = time.perf_counter()
-        self._log = None
+        self._log: TextIO | None = None
         if accelerator.is_main_process:
             self._log = open_log(args.out / "log.jsonl", first_step)
 
@@ -98,8 +100,8 @@ class Watch:
             self._check(step, loss, norm)
             self.losses.append(loss)
             if stops and self._stop_step is None:
-                self._stop_step = step.index
-            if (step.index + 1) % LOG_EVERY == 0 or step.index + 1 == self.args.max_steps:
+                self._stop_step = step.number
+            if (step.number + 1) % LOG_EVERY == 0 or step.number + 1 == self.args.max_steps:
                 self._write(step, norm)
 
     def _check(self, step: Step, loss: float, norm: float):
@@ -111,13 +113,15 @@ class Watch:
         saved = checkpoint.checkpoints(self.args.out)
         filenames = ", ".join(self.filenames[i] for i in step.pictures)
         raise InputError(
-            f"{self.args.out}: loss {loss:.4g}, gradient norm {norm:.4g} in step {step.index + 1:,}, stopped "
-            f"before the weights were touched; last good checkpoint: {saved[-1] if saved else 'none yet'}; "
-            f"try a lower --learning-rate in another --out; pictures of the step: {filenames}"
+            f"{self.args.out}: loss {loss:.4g}, gradient norm {norm:.4g} in step {step.number + 1:,}, "
+            f"stopped before the weights were touched; last good checkpoint: "
+            f"{saved[-1] if saved else 'none yet'}; try a lower --learning-rate in another --out; "
+            f"pictures of the step: {filenames}"
         )
 
     def _write(self, step: Step, norm: float):
-        done, now = step.index + 1, time.perf_counter()
+        done = step.number + 1
+        now = time.perf_counter()
         pictures = (done - self._last_logged) * self._batch_size
         entry = {
             "step": done,
@@ -127,7 +131,9 @@ class Watch:
             "learning_rate": step.learning_rate,
             "pictures_per_second": pictures / (now - self._last_time),
         }
-        self.losses, self._last_logged, self._last_time = [], done, now
+        self.losses = []
+        self._last_logged = done
+        self._last_time = now
         self.accelerator.log(entry, step=done)
         if self._log:
             self._log.write(json.dumps(entry) + "\n")

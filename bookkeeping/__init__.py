@@ -1,0 +1,1 @@
+"""What is kept of training runs and painted lists: logs, trackers, reports."""
