@@ -3,6 +3,7 @@
 Pictures are squashed to 64x64 without crop or padding: both would lose objects that the label names.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -42,17 +43,18 @@ def read_picture(path: Path) -> torch.Tensor:
     """
     if not path.is_file():  # nor a pipe, which would wait for ever
         raise InputError(f"{path}: no such picture")
+    unfit = ""
     try:
-        with Image.open(path, formats=["PNG"]) as image:  # reads the header alone
-            unfit = None
-            if image.mode not in ("RGB", "RGBA"):
-                unfit = f"mode {image.mode}"
-            elif image.is_animated:
-                unfit = f"one that moves, of {image.n_frames} frames"
-            elif image.width * image.height > MAX_PIXELS:
-                unfit = f"one of {image.width} x {image.height} pixels"
+        with Image.open(path, formats=["PNG"]) as file:  # reads the header alone
+            frames = getattr(file, "n_frames", 1)
+            if file.mode not in ("RGB", "RGBA"):
+                unfit = f"mode {file.mode}"
+            elif frames > 1:
+                unfit = f"one that moves, of {frames} frames"
+            elif file.width * file.height > MAX_PIXELS:
+                unfit = f"one of {file.width} x {file.height} pixels"
             else:
-                image = image.convert("RGB")
+                image = file.convert("RGB")
     except Exception as error:  # of many kinds, by what is broken
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: not a readable picture ({reason})") from None
@@ -73,7 +75,8 @@ def read_pictures(folder: Path, count: int) -> torch.Tensor:
 
 def write_picture(path: Path, image: torch.Tensor):
     """Write a picture, uint8 [3, H, W] on the CPU, as PNG."""
-    to_pil_image(image).save(content := io.BytesIO(), "PNG")
+    content = io.BytesIO()
+    to_pil_image(image).save(content, "PNG")
     write_whole(path, content.getvalue())
 
 
@@ -87,77 +90,93 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def load_pictures(folder: Path, filenames: list[str]) -> torch.Tensor:
-    """Decode all pictures into uint8 [N, 3, 64, 64], kept in one file beside them for the next time.
+# ------------------------------------------------------------------------------------------------------ cache
 
-    The cache's key holds name, size and modification time of each file, so a changed file is noticed.
-    A folder that cannot be written to is decoded each time.
-    """
-    key = hashlib.sha256()
+
+def cache_key(folder: Path, filenames: list[str]) -> str:
+    """A hash of name, size and modification time of each file, so that a changed file is noticed. Raises
+    InputError if one is missing."""
+    digest = hashlib.sha256()
     for filename in filenames:
+        path = folder / filename
         try:
-            stat = (folder / filename).stat()  # follows links
+            stat = path.stat()  # follows links
         except OSError:
-            raise InputError(
-                f"{folder / filename}: no such picture, though the label file names it"
-            ) from None
-        key.update(f"{filename} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    cache = folder / CACHE_NAME
+            raise InputError(f"{path}: no such picture, though the label file names it") from None
+        digest.update(f"{filename} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def read_cache(path: Path, key: str) -> torch.Tensor | None:
+    """The pictures that `write_cache` wrote with this key. None without such a file, or if it was cut off."""
     try:
-        with safe_open(cache, "pt") as file:
-            if file.metadata() == {"key": key.hexdigest()}:
-                images = file.get_tensor("images")
-                if images.shape == (len(filenames), 3, IMAGE_SIZE, IMAGE_SIZE):
-                    return images
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("images") if file.metadata() == {"key": key} else None
     except (OSError, SafetensorError):
-        pass  # none yet, or cut off: it is made anew
-    with ThreadPoolExecutor() as pool:
-        pictures = pool.map(lambda f: read_picture(folder / f), filenames)
-        bar = tqdm(pictures, f"reading {folder}", len(filenames), unit="picture", delay=1, leave=False)
-        images = torch.stack(list(bar))
-    temporary = temporary_beside(cache)
+        return None
+
+
+def write_cache(path: Path, key: str, images: torch.Tensor):
+    """Keep pictures for the next time. In a folder that cannot be written to, only say so on stderr."""
+    temporary = temporary_beside(path)
     try:
-        save_file({"images": images}, temporary, metadata={"key": key.hexdigest()})
-        os.replace(temporary, cache)
+        save_file({"images": images}, temporary, metadata={"key": key})
+        temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        print(f"{folder}: decoded pictures are not kept for the next time ({error})", file=sys.stderr)
+        print(f"{path.parent}: decoded pictures are not kept for the next time ({error})", file=sys.stderr)
+
+
+def load_pictures(folder: Path, filenames: list[str]) -> torch.Tensor:
+    """Decode all pictures into uint8 [N, 3, 64, 64], kept in one file beside them for the next time."""
+    cache = folder / CACHE_NAME
+    key = cache_key(folder, filenames)
+    images = read_cache(cache, key)
+    if images is None or images.shape != (len(filenames), 3, IMAGE_SIZE, IMAGE_SIZE):
+        with ThreadPoolExecutor() as pool:
+            pictures = pool.map(lambda name: read_picture(folder / name), filenames)
+            bar = tqdm(pictures, f"reading {folder}", len(filenames), unit="picture", delay=1, leave=False)
+            images = torch.stack(list(bar))
+        write_cache(cache, key, images)
     return images
 
 
+# --------------------------------------------------------------------------------------------------- data set
+
+
 class ICLEVRDataset(Dataset):
-    """A folder of pictures, or an .npz made by `render.py --pack`, with its label file.
+    """A folder of pictures, or a pack made by `python -m data.render --pack`, with its label file.
 
     `images` is uint8 [N, 3, 64, 64] and `labels` float32 [N, 24], both whole in memory; an item is a pair
     of the picture as float32 [3, 64, 64] in [-1, 1] and its multi-hot label [24]. `manifest` says how
-    render.py made the pictures, None if it did not. Raises InputError if pictures are missing or broken, or
-    if they and the label file do not belong together.
+    render.py made the pictures, and is empty if it did not. Raises InputError if pictures are missing or
+    broken, or if they and the label file do not belong together.
     """
 
     def __init__(self, source: Path | str, labels_path: Path | str, objects: dict[str, int]):
-        source, labels_path = Path(source), Path(labels_path)
-        present = labels = load_labels(labels_path, objects)
+        source = Path(source)
+        labels_path = Path(labels_path)
+        labels = load_labels(labels_path, objects)
+        self.manifest: dict = {}
         if source.suffix == ".npz":
-            self.images, self.manifest, present = load_pack(source, labels_path, labels)  # [N, 3, 64, 64]
-            if len(self.images) != len(present):
-                raise InputError(f"{source}: {len(self.images)} pictures for {len(present)} of {labels_path}")
+            self.images, self.manifest, present = load_pack(source, labels_path, labels)
         elif source.is_dir():
+            present = labels  # all of them, in a folder without manifest like the lab's own
             path = source / MANIFEST_NAME
-            self.manifest = None  # of the lab's own folder
             if path.exists():
                 self.manifest = load_json(path)
                 present = first_scenes(labels, check_manifest(self.manifest, path, labels_path))
             if not present:
-                raise InputError(
-                    f"{source}: no whole scene yet; run `python -m data.render --out {source}` on"
-                )
+                again = f"`python -m data.render --out {source}`"
+                raise InputError(f"{source}: no whole scene yet; run {again} on")
             self.images = load_pictures(source, list(present))
         else:
             raise InputError(
-                f"{source}: no pictures there; make them with `python -m data.render --out {source}`, or link the "
-                f"lab's own folder to that name and put its label files in place of these"
+                f"{source}: no pictures there; make them with `python -m data.render --out {source}`, or "
+                f"link the lab's own folder to that name and put its label files in place of these"
             )
-        self.total, self.objects = len(labels), objects
+        self.total = len(labels)
+        self.objects = objects
         self.filenames = list(present)
         self.conditions = list(present.values())
         self.labels = multi_hot(self.conditions, objects)  # [N, 24]
@@ -182,13 +201,41 @@ def load_data(source: Path | None, labels_path: Path, objects: dict[str, int]) -
 
     Raises InputError as `ICLEVRDataset` does, and if without `source` only a part of iclevr/ is rendered.
     """
-    found = source
-    if not found:
-        found = Path("iclevr") if os.path.lexists("iclevr") else PACK
+    default = Path("iclevr") if os.path.lexists("iclevr") else PACK
+    found = source or default
     data = ICLEVRDataset(found, labels_path, objects)
     if not source and found != PACK and len(data) < data.total:
         raise InputError(
             f"{found}: only {len(data):,} of {data.total:,} pictures are rendered; render the rest by "
-            f"`python -m data.render`, or give --data {found} for those there are, or --data {PACK} for the pack"
+            f"`python -m data.render`, or give --data {found} for those there are, or --data {PACK} for the "
+            f"pack"
         )
     return data, found
+
+
+# --------------------------------------------------------------------------------------- order in training
+
+
+def seed_of(*key: int) -> int:
+    """One 64-bit seed from several numbers: what is drawn at a step depends on (seed, step) alone."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@functools.lru_cache(maxsize=2)  # the same for all steps of an epoch
+def epoch_order(epoch: int, size: int, seed: int) -> torch.Tensor:
+    """The order [size] of the pictures in an epoch."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(seed, epoch, 1)))
+
+
+def batch_indices(step: int, batch_size: int, size: int, seed: int) -> torch.Tensor:
+    """Indices [batch_size] of the pictures of a step.
+
+    Epochs follow each other without a gap, each a permutation of its own, so every picture is seen equally
+    often and every batch is full.
+    """
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    indices = torch.empty_like(positions)
+    for epoch in torch.unique(positions // size).tolist():
+        inside = positions // size == epoch
+        indices[inside] = epoch_order(epoch, size, seed)[positions[inside] % size]
+    return indices

@@ -1,4 +1,4 @@
-"""The judge: a ResNet18 that says which of the 24 objects a 64x64 picture shows, with the lab's interface.
+"""The evaluator: a ResNet18 that tells which of the 24 objects a picture shows, with the lab's interface.
 
     python evaluator.py images/test                       # score a folder of PNGs against test.json
     python evaluator.py images/mine --labels mine.json
@@ -16,23 +16,13 @@ from options import PRECISIONS
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Score a folder of pictures with the evaluator, or train one.")
-    parser.add_argument(
-        "folders", type=to_path, nargs="+", help="folder of pictures; with --train one or more"
-    )
-    parser.add_argument(
-        "--labels", type=to_path, help="default: FOLDER/labels.json, else <FOLDER's name>.json"
-    )
-    parser.add_argument(
-        "--weights", type=to_path, help="default: checkpoint.pth if there, else weights/evaluator.pth"
-    )
+    parser.add_argument("folders", type=to_path, nargs="+", help="folder of pictures; with --train one or more")
+    parser.add_argument("--labels", type=to_path, help="default: FOLDER/labels.json, else <FOLDER's name>.json")
+    parser.add_argument("--weights", type=to_path, help="default: checkpoint.pth if there, else weights/evaluator.pth")
     parser.add_argument("--train", action="store_true", help="train on the folders instead of scoring one")
-    parser.add_argument(
-        "--epochs", type=number(int, 1), default=40, help="with --train (default: %(default)s)"
-    )
+    parser.add_argument("--epochs", type=number(int, 1), default=40, help="with --train (default: %(default)s)")
     parser.add_argument("--seed", type=to_seed, default=0, help="with --train (default: %(default)s)")
-    parser.add_argument(
-        "--mixed-precision", choices=PRECISIONS, help="with --train (default: what is fastest here)"
-    )
+    parser.add_argument("--mixed-precision", choices=PRECISIONS, help="with --train (default: what is fastest here)")
     parser.add_argument("--out", type=to_path, help="with --train: weights file to write")
     args = parser.parse_args(argv)
     if args.train != bool(args.out):
@@ -61,13 +51,8 @@ from infra.device import choose_precision, explained, join_processes, new_accele
 from infra.files import load_json, write_whole
 from labels import load_conditions, load_labels, load_objects, multi_hot, split_by_scene
 from options import NUM_OBJECTS
-from scoring import (
-    BATCH_SIZE,  # noqa: F401 - code that uses this module may know it from here
-    Scoring,
-    check_images,
-    check_labels,
-    is_official,
-)
+from scoring import BATCH_SIZE as BATCH_SIZE  # code that uses this module may know it from here
+from scoring import Scoring, check_images, check_labels, is_official
 
 
 def build_network() -> nn.Module:
@@ -116,9 +101,7 @@ class evaluation_model(Scoring):  # noqa: N801 - the lab's name, which its users
         try:
             network.load_state_dict(checkpoint["model"])
         except Exception:  # of many kinds, by what it is instead
-            raise InputError(
-                f"{path}: expected a ResNet18 with fc.0 of {NUM_OBJECTS} under the key 'model'"
-            ) from None
+            raise InputError(f"{path}: expected a ResNet18 with fc.0 of {NUM_OBJECTS} under the key 'model'") from None
         if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
             raise InputError(f"{path}, model: expected finite numbers")
         threshold = checkpoint.get("threshold", 0.5)
@@ -162,13 +145,14 @@ def score_folder(
 ) -> tuple[float, float]:
     """Accuracy and exact set of a folder: `0.png` ... for a list like test.json, else the named files."""
     if isinstance(load_json(labels_path), dict):
-        labels = load_labels(labels_path, objects)
-        filenames, conditions = list(labels), list(labels.values())
+        named = load_labels(labels_path, objects)
+        filenames = list(named)
+        conditions = list(named.values())
     else:
         conditions = load_conditions(labels_path, objects)
         filenames = [f"{i}.png" for i in range(len(conditions))]
-    images = torch.stack([read_picture(folder / name) for name in filenames])
-    found, labels = evaluator.judge(images), multi_hot(conditions, objects)
+    found = evaluator.judge(torch.stack([read_picture(folder / name) for name in filenames]))
+    labels = multi_hot(conditions, objects)
     return evaluator.compute_acc(found, labels), evaluator.exact_set(found, labels)
 
 
@@ -188,7 +172,7 @@ def augment(images: torch.Tensor, labels: torch.Tensor, mix: bool) -> tuple[torc
     not mistake a sample's softness for a missing object. With `mix`, half is mixed with another picture
     (arXiv 1710.09412), as a ResNet learns pictures by heart otherwise.
     """
-    count, quarter = len(images), len(images) // 4
+    count = len(images)
     change = torch.zeros(count, 2, 3)
     change[:, 0, 0] = torch.randint(0, 2, (count,)) * 2 - 1
     change[:, 1, 1] = 1
@@ -196,7 +180,9 @@ def augment(images: torch.Tensor, labels: torch.Tensor, mix: bool) -> tuple[torc
     grid = F.affine_grid(change, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, mode="nearest", padding_mode="border", align_corners=False)
     images = images * torch.empty(count, 1, 1, 1).uniform_(0.95, 1.05)
-    sigma, levels = float(torch.empty(()).uniform_(0.2, 1.0)), torch.empty(quarter, 1, 1, 1).uniform_(0, 12)
+    quarter = count // 4
+    sigma = float(torch.empty(()).uniform_(0.2, 1.0))
+    levels = torch.empty(quarter, 1, 1, 1).uniform_(0, 12)
     images = torch.cat([soften(images[:quarter], sigma, levels), images[quarter:]])
     if not mix:
         return images, labels
@@ -229,7 +215,8 @@ def train(
     batch_size = min(64, len(kept))
     steps = epochs * (len(kept) // batch_size)
     network = build_network().to(memory_format=torch.channels_last)
-    network.fc = network.fc[:1]  # logits: in half precision the sigmoid rounds what is nearly certain
+    # Logits: in half precision the sigmoid rounds what is nearly certain.
+    network.fc = nn.Sequential(network.get_submodule("fc.0"))
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     network, optimizer = accelerator.prepare(network, optimizer)
@@ -266,14 +253,32 @@ def labels_of(folder: Path, otherwise: Path) -> Path:
 
 def refuse_other_file(path: Path):
     """Raise InputError if there is a file at `path` that is no evaluator trained here: the lab's is none."""
-    if os.path.lexists(path):
-        try:
-            found = load_checkpoint(path)
-            is_ours = isinstance(found, dict) and "threshold" in found
-        except InputError:
-            is_ours = False
-        if not is_ours:
-            raise InputError(f"{path}: there already, and no evaluator trained here; choose another --out")
+    if not os.path.lexists(path):
+        return
+    try:
+        found = load_checkpoint(path)
+    except InputError:
+        found = {}
+    if not isinstance(found, dict) or "threshold" not in found:
+        raise InputError(f"{path}: there already, and no evaluator trained here; choose another --out")
+
+
+def train_on_folders(args: argparse.Namespace, objects: dict[str, int]):
+    """Train on `args.folders`, write the weights to `args.out`."""
+    refuse_other_file(args.out)
+    device = join_processes().device
+    precision, _ = choose_precision(device, args.mixed_precision)
+    sets = [ICLEVRDataset(f, args.labels or labels_of(f, ROOT / "train.json"), objects) for f in args.folders]
+    images = torch.cat([data.images for data in sets])
+    labels = torch.cat([data.labels for data in sets])
+    filenames = [name for data in sets for name in data.filenames]
+    with explained(device, "in training"):
+        checkpoint = train(images, labels, filenames, args.epochs, args.seed, precision)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    write_whole(args.out, content.getvalue())
+    print(f"{args.out}: trained on {checkpoint['pictures']:,} pictures, threshold {checkpoint['threshold']}")
 
 
 @command
@@ -281,22 +286,7 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     objects = load_objects()
     if args.train:
-        refuse_other_file(args.out)
-        device = join_processes().device
-        precision, _ = choose_precision(device, args.mixed_precision)
-        train_json = ROOT / "train.json"
-        paths = [args.labels or labels_of(folder, train_json) for folder in args.folders]
-        sets = [ICLEVRDataset(f, path, objects) for f, path in zip(args.folders, paths, strict=True)]
-        images, labels = torch.cat([s.images for s in sets]), torch.cat([s.labels for s in sets])
-        filenames = [f for s in sets for f in s.filenames]
-        with explained(device, "in training"):
-            checkpoint = train(images, labels, filenames, args.epochs, args.seed, precision)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, content := io.BytesIO())
-        write_whole(args.out, content.getvalue())
-        print(
-            f"{args.out}: trained on {checkpoint['pictures']:,} pictures, threshold {checkpoint['threshold']}"
-        )
+        train_on_folders(args, objects)
         return
     folder = args.folders[0]
     labels_path = args.labels or labels_of(folder, ROOT / f"{folder.resolve().name}.json")

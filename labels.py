@@ -1,4 +1,4 @@
-"""Labels: the objects that a picture shows or is to show, read from the label files and made into tensors."""
+"""Labels: which objects a picture shows, from the label files to tensors."""
 
 import itertools
 import re
@@ -19,9 +19,7 @@ def load_objects(path: Path | str = ROOT / "objects.json") -> dict[str, int]:
     objects = load_json(path)
     indices = sorted(map(str, objects.values())) if isinstance(objects, dict) else []
     if indices != sorted(map(str, range(NUM_OBJECTS))):
-        raise InputError(
-            f"{path}: expected {NUM_OBJECTS} names with the indices 0 to {NUM_OBJECTS - 1}, each once"
-        )
+        raise InputError(f"{path}: expected {NUM_OBJECTS} names with the indices 0 to {NUM_OBJECTS - 1}, each once")
     for name in objects:
         if len(name.split()) != 2:
             raise InputError(f"{path}, entry {shown(name)}: expected a colour and a shape")
@@ -56,9 +54,7 @@ def load_labels(path: Path | str, objects: dict[str, int]) -> dict[str, list[str
     """Read labels of pictures (the format of `train.json`): file name -> list of names. Raises InputError."""
     labels = load_json(path)
     if not isinstance(labels, dict) or not labels:
-        raise InputError(
-            f"{path}: expected a mapping of file names to lists of object names, like train.json"
-        )
+        raise InputError(f"{path}: expected a mapping of file names to lists of object names, like train.json")
     for filename, condition in labels.items():
         scene_of(filename, path)
         check_condition(condition, objects, f"{path}, entry {shown(filename)}")
@@ -73,35 +69,36 @@ def multi_hot(conditions: list[list[str]], objects: dict[str, int]) -> torch.Ten
     return labels
 
 
-def twin_labels(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
-    """The labels [K, 24] in which an object took the shape of another of its colour: a red cube and a red
-    sphere as two cubes, with a 2 in their place, or as two spheres. n objects of a colour make n (n - 1)."""
-    labels = multi_hot([condition], objects)
+def hard_negatives(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
+    """The hard negatives [K, 24] of a condition: its label, but with two objects of one colour in one shape.
+
+    For a red cube and a red sphere these are two red cubes, with a 2 in their place, and two red spheres. n
+    objects of a colour make n (n - 1). None was ever seen in training, where all objects of a scene differ.
+    """
     pairs = [(a, b) for a, b in itertools.permutations(condition, 2) if a.split()[0] == b.split()[0]]
-    twins = labels.repeat(len(pairs), 1)
-    for twin, (lost, doubled) in zip(twins, pairs, strict=True):
-        twin[objects[lost]], twin[objects[doubled]] = 0, 2
-    return twins
+    negatives = multi_hot([condition], objects).repeat(len(pairs), 1)
+    for negative, (lost, doubled) in zip(negatives, pairs, strict=True):
+        negative[objects[lost]] = 0
+        negative[objects[doubled]] = 2
+    return negatives
 
 
-def mistaken_labels(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
-    """The labels [3 K, 24] of a condition of K objects with one mistake in it: an object in another of the
-    three shapes, or painted twice."""
+def labels_with_one_mistake(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
+    """The labels [3 K, 24] of a condition of K objects with one mistake: an object in one of the two other
+    shapes, or one that is there twice. The hard negatives are among them."""
     labels = multi_hot([condition], objects).repeat(3 * len(condition), 1)
     pairs = [(a, b) for a in condition for b in objects if a.split()[0] == b.split()[0]]
-    for label, (name, painted) in zip(labels, pairs, strict=True):
-        if painted != name:
+    for label, (name, shown_instead) in zip(labels, pairs, strict=True):
+        if shown_instead != name:
             label[objects[name]] -= 1
-        label[objects[painted]] += 1
+        label[objects[shown_instead]] += 1
     return labels
 
 
-def unseen_triples(
-    labels: dict[str, list[str]], objects: dict[str, int], count: int = 100
-) -> list[list[str]]:
+def unseen_triples(labels: dict[str, list[str]], objects: dict[str, int], count: int = 100) -> list[list[str]]:
     """Up to `count` sets of three objects that appear together in no picture of `labels`, drawn evenly."""
     seen = {frozenset(triple) for c in labels.values() for triple in itertools.combinations(c, 3)}
-    names = sorted(objects, key=objects.get)
+    names = sorted(objects, key=lambda name: objects[name])
     unseen = [list(triple) for triple in itertools.combinations(names, 3) if frozenset(triple) not in seen]
     chosen = np.random.default_rng(0).permutation(len(unseen))[:count]
     return [unseen[i] for i in sorted(chosen)]
@@ -111,9 +108,7 @@ def scene_of(filename: str, path: Path | str = "labels") -> str:
     """The scene of a picture: `CLEVR_train_002066_1.png` -> `CLEVR_train_002066`. Raises InputError."""
     match = re.fullmatch(r"([\w-]+)_(\d+)\.png", filename, re.ASCII)
     if not match or len(filename) > 255:  # bytes that a file system takes
-        raise InputError(
-            f"{path}, entry {shown(filename)}: expected a file name like CLEVR_train_002066_1.png"
-        )
+        raise InputError(f"{path}, entry {shown(filename)}: expected a file name like CLEVR_train_002066_1.png")
     return match[1]
 
 
@@ -128,5 +123,6 @@ def split_by_scene(filenames: list[str], held_out: float, seed: int) -> tuple[li
 
 def first_scenes(labels: dict[str, list[str]], count: int) -> dict[str, list[str]]:
     """The part of `labels` that its first `count` scenes make up."""
-    scenes = set(list(dict.fromkeys(map(scene_of, labels)))[:count])
-    return {f: c for f, c in labels.items() if scene_of(f) in scenes}
+    scenes = list(dict.fromkeys(map(scene_of, labels)))  # each once, in the file's order
+    chosen = set(scenes[:count])
+    return {f: c for f, c in labels.items() if scene_of(f) in chosen}

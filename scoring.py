@@ -1,14 +1,10 @@
-"""How the scripts score pictures: by evaluator.py, ours or the lab's own file in its place.
+"""What scoring takes beyond the lab's interface, which is `compute_acc` and `eval` alone.
 
-The lab's class has `compute_acc` and `eval` alone. What the scripts need beyond them is here, so that they
-run with either: `load_evaluator(path)` gives an evaluator with all of it.
+The scripts need more than these, and run with our evaluator.py as with the lab's own: see lab.py.
 """
 
 import hashlib
-import inspect
 import math
-import os
-import pickle
 import warnings
 from pathlib import Path
 
@@ -16,16 +12,11 @@ import torch
 from torch import nn
 
 from dataset import to_float
-from infra.commands import InputError
 from infra.device import explained
 from options import IMAGE_SIZE, NUM_OBJECTS
 
 BATCH_SIZE = 250  # pictures that a network is given at once
-OFFICIAL_BLOB = (
-    "ff70bd18a0c247595d56a8168cac7adcd61333e6"  # `git hash-object checkpoint.pth` of the lab's file
-)
-LAB_CHECKPOINT = Path("checkpoint.pth")  # that the lab's evaluator.py loads, from the working directory
-FORCE_UNPICKLING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # PyTorch's own variable, which torch.load looks at
+OFFICIAL_BLOB = "ff70bd18a0c247595d56a8168cac7adcd61333e6"  # of the lab's file, by `git hash-object`
 
 
 def is_official(path: Path) -> bool:
@@ -65,7 +56,7 @@ def value_range(images: torch.Tensor) -> tuple[float, float]:
 
 
 class Scoring:
-    """What both evaluators have beyond the lab's interface; a subclass has `compute_acc` and `eval`.
+    """What both evaluators have beyond the lab's interface, which is that of a subclass.
 
     `path`: of the weights; `resnet18`: images [B, 3, 64, 64] in [-1, 1] -> probabilities [B, 24], on
     `device`; `threshold`: a probability above it says that the object is seen.
@@ -77,6 +68,14 @@ class Scoring:
         self.device = device
         self.threshold = threshold
         self.warned: set[str] = set()  # kinds of unfit images that were warned about
+
+    def compute_acc(self, out: torch.Tensor, onehot_labels: torch.Tensor) -> float:
+        """Accuracy of outputs [B, 24] against multi-hot labels [B, 24]."""
+        raise NotImplementedError
+
+    def eval(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """Accuracy of images [B, 3, 64, 64] in [-1, 1] against multi-hot labels [B, 24]."""
+        raise NotImplementedError
 
     def exact_set(self, out: torch.Tensor, onehot_labels: torch.Tensor) -> float:
         """Share of pictures with outputs [B, 24] above the threshold for just their labels [B, 24], and no
@@ -142,84 +141,3 @@ class Scoring:
         if kind not in self.warned:
             self.warned.add(kind)
             warnings.warn(message, stacklevel=4)  # the line that called `probabilities` or `judge`
-
-
-class LabScoring(Scoring):
-    """`lab`: the lab's own evaluation_model. Its accuracy counts; it has no threshold, so 0.5 is taken."""
-
-    def __init__(self, lab, device: torch.device | str | None):
-        network = lab.resnet18
-        if device:  # what is sampled on may be another one
-            network = network.to(device)
-        super().__init__(LAB_CHECKPOINT, network, next(network.parameters()).device, threshold=0.5)
-        self.lab = lab
-        self.classnum = lab.classnum
-
-    def compute_acc(self, out: torch.Tensor, onehot_labels: torch.Tensor) -> float:
-        """The lab's: outputs [B, 24] against multi-hot labels [B, 24]."""
-        return float(self.lab.compute_acc(out, onehot_labels))
-
-    def eval(self, images: torch.Tensor, labels: torch.Tensor) -> float:
-        """The lab's: images [B, 3, 64, 64] in [-1, 1] against multi-hot labels [B, 24]."""
-        return float(self.lab.eval(images, labels))
-
-
-def load_evaluator(path: Path | str | None = None, device: torch.device | str | None = None) -> Scoring:
-    """The evaluator of evaluator.py: ours with the weights in `path` on `device`, defaults as there, or the
-    lab's, which has its own weights.
-
-    Raises InputError if it cannot be loaded; with the lab's file also for another `path` than checkpoint.pth
-    and where there is no CUDA.
-    """
-    try:
-        from evaluator import evaluation_model  # not at the top: our evaluator.py imports this module
-    except Exception as error:  # of any kind: the file may be another's
-        raise InputError(f"evaluator.py: cannot be imported ({_reason(error)})") from None
-    if "path" in inspect.signature(evaluation_model).parameters:
-        return evaluation_model(path, device)
-    return _load_lab(evaluation_model, path, device)
-
-
-def _load_lab(evaluation_model: type, path: Path | str | None, device) -> LabScoring:
-    """The lab's class, loaded. Raises InputError."""
-    if path and Path(path).resolve() != LAB_CHECKPOINT.resolve():
-        raise InputError(
-            f"{path}: the lab's evaluator.py loads {LAB_CHECKPOINT} from the working directory and nothing "
-            f"else; leave --evaluator out and let sample.py score again what another one scored, or put "
-            f"this project's evaluator.py back"
-        )
-    if not torch.cuda.is_available():
-        raise InputError(
-            "evaluator.py: the lab's own file needs CUDA, and there is none here; put this project's "
-            "evaluator.py back, which scores on a CPU as well"
-        )
-    if not LAB_CHECKPOINT.is_file():
-        raise InputError(
-            f"{LAB_CHECKPOINT}: no such file; the lab's evaluator.py loads it from the working directory"
-        )
-    before = os.environ.get(FORCE_UNPICKLING)
-    if is_official(LAB_CHECKPOINT):
-        # The lab's file calls torch.load as of old, which today refuses what is not a tensor. This one is
-        # known, so it may be unpickled.
-        os.environ[FORCE_UNPICKLING] = "1"
-    try:
-        with explained(torch.device("cuda"), "for the evaluator"):
-            return LabScoring(evaluation_model(), device)
-    except InputError:
-        raise
-    except pickle.UnpicklingError:  # what PyTorch says advises to run the code in it
-        raise InputError(
-            f"{LAB_CHECKPOINT}: not the lab's own file, nor one of tensors and plain values"
-        ) from None
-    except Exception as error:  # of any kind: the file is another's
-        raise InputError(f"evaluator.py: the lab's own file cannot be loaded ({_reason(error)})") from None
-    finally:
-        os.environ.pop(FORCE_UNPICKLING, None)
-        if before is not None:
-            os.environ[FORCE_UNPICKLING] = before
-
-
-def _reason(error: Exception) -> str:
-    """An error's kind and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join([type(error).__name__, *lines[:1]])[:200]

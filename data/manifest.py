@@ -27,16 +27,18 @@ def check_manifest(manifest, where: Path, labels_path: Path) -> int:
     File names are the same in every i-CLEVR set, so only the manifest that render.py leaves can tell whether
     pictures and labels belong together.
     """
+    unreadable = InputError(f"{where}: not a manifest of render.py; render into another folder")
     try:
-        made_from, done = manifest["labels_sha256"], int(manifest["scenes_done"])
+        made_from = manifest["labels_sha256"]
+        done = int(manifest["scenes_done"])
     except (TypeError, KeyError, ValueError, OverflowError):
-        made_from, done = None, -1
+        raise unreadable from None
     if done < 0:
-        raise InputError(f"{where}: not a manifest of render.py; render into another folder")
+        raise unreadable
     if made_from != text_sha256(labels_path):
         raise InputError(
             f"{where}: these pictures were rendered from another label file than {labels_path} (SHA-256 "
-            f"differs); render its own with `python -m data.render --labels {labels_path} --out DIR` and give "
-            f"--data DIR, or link the lab's pictures to iclevr/"
+            f"differs); render its own with `python -m data.render --labels {labels_path} --out DIR` and "
+            f"give --data DIR, or link the lab's pictures to iclevr/"
         )
     return done

@@ -1,7 +1,6 @@
 """A pack: a whole rendered set, pictures with labels, in one .npz file, without loss."""
 
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -36,15 +35,15 @@ def save_pack(
     scenes = [scene_of(f) for f in filenames]
     count = len(set(scenes))
     steps = len(scenes) // count
-    if scenes != [scene for scene in scenes[::steps] for _ in range(steps)]:
+    if scenes != np.repeat(scenes[::steps], steps).tolist():
         raise InputError(f"{path}: expected scenes of {steps} pictures each, next to each other")
-    images = images.permute(0, 2, 3, 1).reshape(count, steps, IMAGE_SIZE, IMAGE_SIZE, 3).numpy()
-    images = np.diff(images, axis=1, prepend=np.uint8(0))
+    pixels = images.permute(0, 2, 3, 1).reshape(count, steps, IMAGE_SIZE, IMAGE_SIZE, 3).numpy()
+    by_step = np.diff(pixels, axis=1, prepend=np.uint8(0))
     arrays = {
-        "differences": np.diff(images, axis=3, prepend=np.uint8(0)),
+        "differences": np.diff(by_step, axis=3, prepend=np.uint8(0)),
         "labels": labels.numpy().astype(np.uint8),
         "filenames": np.array(filenames),
-        "objects": np.array(sorted(objects, key=objects.get)),
+        "objects": np.array(sorted(objects, key=lambda name: objects[name])),
         "manifest": np.array(json.dumps(manifest)),
     }
     temporary = temporary_beside(path)
@@ -53,7 +52,7 @@ def save_pack(
             for name, array in arrays.items():
                 with file.open(f"{name}.npy", "w") as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,8 +69,11 @@ def is_pack(path: Path) -> bool:
 def load_pack(
     path: Path, labels_path: Path, labels: dict[str, list[str]]
 ) -> tuple[torch.Tensor, dict, dict[str, list[str]]]:
-    """Pictures, uint8 [N, 3, 64, 64], manifest, and the part of `labels` that they belong to, of a file made
-    by `save_pack`. Raises InputError if it is broken, of other labels, or unpacks to more than it should."""
+    """Read a file made by `save_pack`: its pictures, uint8 [N, 3, 64, 64], its manifest, and their N labels,
+    which are the first ones of `labels`.
+
+    Raises InputError if it is broken, was made from other labels, or unpacks to more than it should.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             sizes = {member.filename: member.file_size for member in file.zip.infolist()}
@@ -83,9 +85,7 @@ def load_pack(
                 raise ValueError(f"{sizes['differences.npy']:,} bytes for {len(present):,} pictures")
             images = file["differences"]
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; expected a pack made by `python -m data.render --pack`"
-        ) from None
+        raise InputError(f"{path}: no such file; expected a pack made by `python -m data.render --pack`") from None
     except InputError:
         raise
     except Exception as error:  # of many kinds, by what is broken
@@ -94,6 +94,9 @@ def load_pack(
     if images.dtype != np.uint8 or images.ndim != 5 or images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         got = f"{images.dtype} {images.shape}"
         raise InputError(f"{path}: expected differences of uint8 [scenes, steps, 64, 64, 3], got {got}")
+    count = images.shape[0] * images.shape[1]
+    if count != len(present):
+        raise InputError(f"{path}: {count} pictures for {len(present)} of {labels_path}")
     for step in range(1, images.shape[1]):  # in place, so that the set is held once
         images[:, step] += images[:, step - 1]
     for scene in images:

@@ -1,13 +1,21 @@
 """Draw i-CLEVR label files and render their pictures with Mitsuba 3.
 
-    python -m data.render                       # the 18,009 pictures of train.json into iclevr/
-    python -m data.render --limit 20            # its first 20 scenes
-    python -m data.render --random-scenes 1000 --out more   # new scenes of 1 to 5 objects, with more/labels.json
-    python -m data.render --pack                # iclevr/ into iclevr.npz, as it ships
-    python -m data.render --limit 700 --seed 2 --out held_out       # with the next one: held_out.npz, as it ships
+    python -m data.render                     # the 18,009 pictures of train.json into iclevr/
+    python -m data.render --limit 20          # only its first 20 scenes
+    python -m data.render --random-scenes 1000 --out more   # new scenes, their labels in more/labels.json
+    python -m data.render --make-labels       # the five label files that ship
+
+Pictures ship as packs in data/. To make one: render a folder, pack it, move the pack to data/.
+
+    python -m data.render                     # data/iclevr.npz: the pictures to train on
+    python -m data.render --pack
+    mv iclevr.npz data/
+
+    python -m data.render --limit 700 --seed 2 --out held_out   # data/held_out.npz: others of 700 scenes
     python -m data.render --limit 700 --pack --out held_out
-    python -m data.render --verify              # renders a sample of iclevr.npz again and compares
-    python -m data.render --make-labels --seed 0            # the label files that ship
+    mv held_out.npz data/
+
+    python -m data.render --verify            # renders 20 scenes of data/iclevr.npz again and compares
 
 A picture is a function of (seed, scene name, objects) alone: the number of workers, the order and where a
 run was stopped leave no trace in it. Scene, lamps and materials are those of CLEVR (Johnson et al. 2017,
@@ -16,7 +24,9 @@ arXiv 1612.06890) with the placement of i-CLEVR (El-Nouby et al. 2019, arXiv 181
 
 import argparse
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from infra.commands import ROOT, InputError, Parser, command, number, read_early, shown, to_path, to_seed
 from infra.signals import signals_interrupt
@@ -26,31 +36,26 @@ FILM_SIZES = {"64x64": (128, 96), "320x240": (320, 240)}  # 64x64 is squashed fr
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Draw i-CLEVR label files and render their pictures with Mitsuba 3.")
-    parser.add_argument(
-        "--labels", type=to_path, default=ROOT / "train.json", help="label file (default: train.json)"
+    parser = Parser(
+        prog="python -m data.render", description="Draw i-CLEVR label files and render their pictures with Mitsuba 3."
     )
-    parser.add_argument(
-        "--out", type=to_path, help="folder to write to (default: iclevr; --make-labels: this one)"
-    )
-    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="the first N scenes alone")
+    parser.add_argument("--labels", type=to_path, default=ROOT / "train.json", help="default: train.json")
+    parser.add_argument("--out", type=to_path, help="folder (default: iclevr; with --make-labels: this one)")
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="only the first N scenes")
     parser.add_argument("--size", choices=FILM_SIZES, default="64x64", help="pixels (default: %(default)s)")
     parser.add_argument(
         "--samples", type=number(int, 1), default=SAMPLES, help="light paths per pixel (default: %(default)s)"
     )
-    parser.add_argument(
-        "--seed", type=to_seed, default=0, help="of places, lamps and labels (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--workers", type=number(int, 1), default=os.cpu_count(), help="processes (default: all cores)"
-    )
+    parser.add_argument("--seed", type=to_seed, default=0, help="of places, lamps and labels (default: 0)")
+    parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="default: all cores")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--make-labels", action="store_true", help="write the five label files and stop")
     other.add_argument("--random-scenes", type=number(int, 1), metavar="N",
                        help="render all steps of N new scenes of 1 to 5 objects")  # fmt: skip
     other.add_argument("--pack", action="store_true", help="write the pictures of --out to one file, OUT.npz")
     other.add_argument("--verify", action="store_true",
-                       help="compare --limit scenes (default: 20) of OUT.npz with new renders")  # fmt: skip
+                       help="render --limit scenes (default: 20) of OUT.npz again, or without --out of "
+                       "data/iclevr.npz, and compare")  # fmt: skip
     args = parser.parse_args(argv)
     if args.random_scenes and not args.out:
         parser.error("--random-scenes needs --out DIR")
@@ -73,7 +78,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.manifest import MANIFEST_NAME, open_manifest
-from data.pack import is_pack, save_pack
+from data.pack import PACK, is_pack, load_pack, save_pack
 from dataset import ICLEVRDataset
 from infra.files import contents, text_sha256, write_json
 from labels import MAX_OBJECTS, load_labels, load_objects, scene_of
@@ -87,26 +92,30 @@ COLORS = {  # sRGB numbers that CLEVR hands to Blender as if they were linear
 BRIGHTNESS = 1.10  # of the objects' diffuse colours, fitted to the mean colours of real objects
 
 # The scene, in Blender's units (z up).
-CAMERA, FIELD_OF_VIEW = (7.4811, -6.5076, 5.3437), 49.134  # looks at the origin; horizontal angle in degrees
+CAMERA = (7.4811, -6.5076, 5.3437)  # looks at the origin
+FIELD_OF_VIEW = 49.134  # horizontal angle in degrees
 LAMPS = {  # position, side, power in W, rgb: squares aimed at the origin
     "key": ((6.446711, -2.905175, 4.258398), 0.5, 78.5398, (1, 0.9323, 0.8167)),
     "fill": ((-4.671124, -4.013597, 3.011225), 0.5, 23.5619, (0.7617, 0.8177, 1)),
     "back": ((-1.168501, 2.646024, 5.815737), 1.0, 39.2699, (1, 1, 1)),
 }
 LAMP_JITTER = 1.0  # each lamp of a scene moves by a uniform draw in [-1, 1] per axis
-SUN_DIRECTION, SUN_IRRADIANCE = (-0.4145, 0.1946, -0.8890), 0.45
+SUN_DIRECTION = (-0.4145, 0.1946, -0.8890)
+SUN_IRRADIANCE = 0.45
 GROUND_ALBEDO = 0.8
 COVE = ((-23.556, 0), (-1.09, 0), (1.96, 0), (2.26, 0), (4.081, 23.215))  # Bezier points (distance, height)
-COVE_START, COVE_ALONG, COVE_ACROSS, COVE_WIDTH = (
-    (-24.0628, -17.9967),
-    (-0.9032, 0.4292),
-    (0.4292, 0.9032),
-    56.485,
-)
+COVE_START = (-24.0628, -17.9967)
+COVE_ALONG = (-0.9032, 0.4292)
+COVE_ACROSS = (0.4292, 0.9032)
+COVE_WIDTH = 56.485
 OBJECT_SIZE = 0.58  # sphere radius, half-edge, cylinder radius and half-height; fits the real boxes
-CUBE_BEVEL, CYLINDER_BEVEL = 0.10, 0.09  # of OBJECT_SIZE
-PLACE_RANGE, MIN_DISTANCE = 3.0, 2.45  # centres in [-3, 3]^2, centre to centre
+CUBE_BEVEL = 0.10  # of OBJECT_SIZE
+CYLINDER_BEVEL = 0.09  # of OBJECT_SIZE
+PLACE_RANGE = 3.0  # of the objects' centres: [-3, 3]^2
+MIN_DISTANCE = 2.45  # between two centres
 MIN_VISIBLE = 200  # pixels of 320x240 that each of the five placed objects must show
+
+Job = tuple[str, list[str], list[int]]  # scene name, its objects, how many of them each picture shows
 
 
 # --------------------------------------------------------------------------------------------------- labels
@@ -130,51 +139,58 @@ def draw_conditions(rng: np.random.Generator, quota: dict, taken: set, in_train:
     Redrawn as a whole until all 24 objects appear. Sorted by number of objects.
     """
     while True:
-        left, conditions, used = dict(quota), [], set(taken)
+        left = dict(quota)
+        used = set(taken)
+        conditions: list[list[str]] = []
         while any(left.values()):
             names = draw_objects(rng, int(rng.integers(1, 4)))
-            key = (len(names), len({n.split()[0] for n in names}), frozenset(names) in in_train)
-            if left.get(key, 0) and frozenset(names) not in used:
+            condition = frozenset(names)
+            key = (len(names), len({n.split()[0] for n in names}), condition in in_train)
+            if left.get(key, 0) and condition not in used:
                 left[key] -= 1
-                used.add(frozenset(names))
+                used.add(condition)
                 conditions.append(names)
         if len(set().union(*conditions)) == len(SHAPES) * len(COLORS):
             return sorted(conditions, key=len)
 
 
+def scene_labels(scene: str, names: list[str]) -> dict[str, list[str]]:
+    """Labels of all steps of a scene: its first picture shows one object, each other one more."""
+    return {f"{scene}_{k}.png": names[: k + 1] for k in range(len(names))}
+
+
 def make_labels(seed: int) -> dict[str, object]:
     """The five label files with the statistics of the official ones: file name -> content."""
     rng = np.random.default_rng(seed)
-    objects = {f"{c} {s}": i for i, (s, c) in enumerate((s, c) for s in SHAPES for c in COLORS)}
-    train = {}
+    names = [f"{color} {shape}" for shape in SHAPES for color in COLORS]
+    train: dict[str, list[str]] = {}
     for scene in rng.permutation(6003):
-        names = draw_objects(rng, 3)
-        train |= {f"CLEVR_train_{scene:06d}_{k}.png": names[: k + 1] for k in range(3)}
-    in_train = {frozenset(names) for names in train.values()}
+        train.update(scene_labels(f"CLEVR_train_{scene:06d}", draw_objects(rng, 3)))
+    in_train = set(map(frozenset, train.values()))
     test_quota = {(1, 1, True): 6, (2, 2, True): 12, (3, 3, True): 10, (3, 2, True): 3, (3, 3, False): 1}
     new_test_quota = {(2, 1, True): 9, (2, 2, True): 3, (3, 1, True): 3, (3, 2, True): 16, (3, 3, True): 1}
+    # As test_quota, but without a triple that train.json lacks: those are a test of their own.
+    like_test_quota = {(1, 1, True): 6, (2, 2, True): 12, (3, 3, True): 11, (3, 2, True): 3}
     test = draw_conditions(rng, test_quota, set(), in_train)
     taken = set(map(frozenset, test))
     new_test = draw_conditions(rng, new_test_quota, taken, in_train)
-    taken |= set(map(frozenset, new_test))
-    # Half like test, half like new_test; triples that train.json lacks stay out: a test of their own.
-    like_test = {(n, c, True): sum(k for (a, b, _), k in test_quota.items() if (a, b) == (n, c))
-                 for n, c, _ in test_quota}  # fmt: skip
-    validation = draw_conditions(rng, like_test, taken, in_train)
-    validation += draw_conditions(rng, new_test_quota, taken | set(map(frozenset, validation)), in_train)
+    taken.update(map(frozenset, new_test))
+    validation = draw_conditions(rng, like_test_quota, taken, in_train)
+    taken.update(map(frozenset, validation))
+    validation += draw_conditions(rng, new_test_quota, taken, in_train)
     return {
-        "objects.json": objects, "train.json": train, "test.json": test, "new_test.json": new_test,
-        "validation.json": sorted(validation, key=len),
+        "objects.json": {name: i for i, name in enumerate(names)}, "train.json": train, "test.json": test,
+        "new_test.json": new_test, "validation.json": sorted(validation, key=len),
     }  # fmt: skip
 
 
 def random_labels(scenes: int, seed: int) -> dict[str, list[str]]:
     """All steps of `scenes` new scenes: as many scenes of each number of objects, 1 to 5."""
-    labels = {}
+    labels: dict[str, list[str]] = {}
     for i in range(scenes):
         rng = np.random.default_rng([seed, i])
         names = draw_objects(rng, int(rng.integers(1, MAX_OBJECTS + 1)))
-        labels |= {f"CLEVR_random{seed}_{i:06d}_{k}.png": names[: k + 1] for k in range(len(names))}
+        labels.update(scene_labels(f"CLEVR_random{seed}_{i:06d}", names))
     return labels
 
 
@@ -196,33 +212,31 @@ def grid_faces(rows: int, columns: int) -> np.ndarray:
     """Triangles [2 (rows - 1) (columns - 1), 3] of a grid of vertices stored row by row."""
     i, j = np.meshgrid(np.arange(rows - 1), np.arange(columns - 1), indexing="ij")
     a = (i * columns + j).ravel()
-    return np.concatenate(
-        [np.stack([a, a + columns + 1, a + 1], 1), np.stack([a, a + columns, a + columns + 1], 1)]
-    )
+    return np.concatenate([np.stack([a, a + columns + 1, a + 1], 1), np.stack([a, a + columns, a + columns + 1], 1)])
 
 
 def cube_mesh(bevel: float, segments: int = 6) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Vertices, unit normals and faces of a cube of half-edge 1 with rounded edges."""
     edge = 1 - bevel + bevel * np.tan(np.linspace(0, np.pi / 4, segments))
     line = np.concatenate([-edge[::-1], edge])
-    u, v = (x.ravel() for x in np.meshgrid(line, line, indexing="ij"))
-    vertices, faces = [], []
+    u, v = np.meshgrid(line, line, indexing="ij")
+    sides = []
     for axis in range(3):
         for sign in (1, -1):
-            side = np.empty((len(u), 3))
-            side[:, axis], side[:, (axis + 1) % 3], side[:, (axis + 2) % 3] = sign, sign * u, v
-            faces.append(grid_faces(len(line), len(line)) + len(vertices) * len(u))
-            vertices.append(side)
-    vertices = np.concatenate(vertices)
+            side = np.empty((u.size, 3))
+            side[:, axis] = sign
+            side[:, (axis + 1) % 3] = sign * u.ravel()
+            side[:, (axis + 2) % 3] = v.ravel()
+            sides.append(side)
+    vertices = np.concatenate(sides)
+    faces = [grid_faces(len(line), len(line)) + i * u.size for i in range(len(sides))]
     core = vertices.clip(bevel - 1, 1 - bevel)  # a rounded cube is a smaller cube with a ball rolled over it
     normals = vertices - core
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     return core + bevel * normals, normals, np.concatenate(faces)
 
 
-def cylinder_mesh(
-    bevel: float, segments: int = 6, around: int = 96
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cylinder_mesh(bevel: float, segments: int = 6, around: int = 96) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Vertices, unit normals and faces of a cylinder of radius and half-height 1 with rounded rims."""
     angle = np.linspace(0, np.pi / 2, segments)
     turn = np.stack([np.sin(angle), np.cos(angle)], 1)  # normals (radial, up) from top to side
@@ -246,7 +260,8 @@ def cove_mesh(points: int = 65) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     profile = weights @ np.array(COVE)  # [points, 2] distance and height
     slope = np.gradient(profile, axis=0)
     slope /= np.linalg.norm(slope, axis=1, keepdims=True)
-    along, across = np.append(COVE_ALONG, 0), np.append(COVE_ACROSS, 0)
+    along = np.append(COVE_ALONG, 0)
+    across = np.append(COVE_ACROSS, 0)
     line = np.append(COVE_START, 0) + profile[:, :1] * along + profile[:, 1:] * [0, 0, 1]
     normal = -slope[:, 1:] * along + slope[:, :1] * [0, 0, 1]
     return np.concatenate([line, line + COVE_WIDTH * across]), np.tile(normal, (2, 1)), grid_faces(2, points)
@@ -284,10 +299,15 @@ class Renderer:
         import mitsuba as mi  # here, and in workers alone: the variant and the thread count are process-wide
 
         mi.set_variant("scalar_rgb")
-        self.mi, self.size, self.samples, self.seed = mi, size, samples, seed
+        self.mi: Any = mi  # its types depend on the variant
+        self.samples = samples
+        self.seed = seed
         self.film = FILM_SIZES[size]
+        width, height = size.split("x")
+        self.pixels = (int(width), int(height))
         self.folder = tempfile.TemporaryDirectory()
-        self.meshes = {
+        self.shapes = {
+            "sphere": {"type": "sphere"},
             "cube": self.write_mesh("cube", *cube_mesh(CUBE_BEVEL)),
             "cylinder": self.write_mesh("cylinder", *cylinder_mesh(CYLINDER_BEVEL)),
             "cove": self.write_mesh("cove", *cove_mesh()),
@@ -304,7 +324,8 @@ class Renderer:
         self.indirect_light = self.ground_indirect()
         self.empty_depth = self.depth([])
 
-    def write_mesh(self, name: str, vertices: np.ndarray, normals: np.ndarray, faces: np.ndarray) -> str:
+    def write_mesh(self, name: str, vertices: np.ndarray, normals: np.ndarray, faces: np.ndarray) -> dict:
+        """Write a mesh to a file of its own. Returns what a scene has to say to show it."""
         mesh = self.mi.Mesh(name, len(vertices), len(faces), has_vertex_normals=True)
         values = self.mi.traverse(mesh)
         values["vertex_positions"] = vertices.astype(np.float32).ravel()
@@ -313,23 +334,23 @@ class Renderer:
         values.update()
         path = str(Path(self.folder.name, f"{name}.ply"))
         mesh.write_ply(path)
-        return path
+        return {"type": "ply", "filename": path}
 
     def scene(self, placed: list[tuple], lamps: dict[str, np.ndarray], film: tuple[int, int]):
         """A Mitsuba scene: ground, sun, `lamps` and `placed` objects (name, x, y, degrees)."""
-        T = self.mi.ScalarTransform4f
+        transform = self.mi.ScalarTransform4f
         white = {"type": "rgb", "value": GROUND_ALBEDO}
         content = {
             "type": "scene",
             "sensor": {
                 "type": "perspective", "fov": FIELD_OF_VIEW, "fov_axis": "x",
-                "to_world": T().look_at(origin=CAMERA, target=[0, 0, 0], up=[0, 0, 1]),
+                "to_world": transform().look_at(origin=CAMERA, target=[0, 0, 0], up=[0, 0, 1]),
                 "film": {"type": "hdrfilm", "width": film[0], "height": film[1], "pixel_format": "rgb",
                          "rfilter": {"type": "box"}},
                 "sampler": {"type": "multijitter"},
             },
-            "ground": {"type": "ply", "filename": self.meshes["cove"],
-                       "bsdf": {"type": "twosided", "b": {"type": "diffuse", "reflectance": white}}},
+            "ground": self.shapes["cove"] | {
+                "bsdf": {"type": "twosided", "b": {"type": "diffuse", "reflectance": white}}},
             "sun": {"type": "directional", "direction": SUN_DIRECTION,
                     "irradiance": {"type": "rgb", "value": SUN_IRRADIANCE}},
         }  # fmt: skip
@@ -337,18 +358,15 @@ class Renderer:
             _, side, power, rgb = LAMPS[name]
             content[name] = {
                 "type": "rectangle",
-                "to_world": T().look_at(position, target=[0, 0, 0], up=[0, 0, 1]) @ T().scale(side / 2),
+                "to_world": transform().look_at(position, target=[0, 0, 0], up=[0, 0, 1]).scale(side / 2),
                 "emitter": {"type": "area", "radiance": {"type": "rgb", "value": np.multiply(
                     rgb, power / (np.pi * side**2)).tolist()}},
                 "bsdf": {"type": "null"},  # lets light through: Blender's lamps cast no shadow in the sun
             }  # fmt: skip
         for i, (name, x, y, degrees) in enumerate(placed):
             color, shape = name.split()
-            at = T().translate([x, y, OBJECT_SIZE]) @ T().rotate([0, 0, 1], degrees) @ T().scale(OBJECT_SIZE)
-            mesh = (
-                {"type": "sphere"} if shape == "sphere" else {"type": "ply", "filename": self.meshes[shape]}
-            )
-            content[f"object{i}"] = mesh | {"to_world": at, "bsdf": self.rubber[color]}
+            at = transform().translate([x, y, OBJECT_SIZE]).rotate([0, 0, 1], degrees).scale(OBJECT_SIZE)
+            content[f"object{i}"] = self.shapes[shape] | {"to_world": at, "bsdf": self.rubber[color]}
         # Optimised, objects of one material would become one shape, and `place` could not tell them apart.
         return self.mi.load_dict(content, optimize=False)
 
@@ -368,8 +386,8 @@ class Renderer:
     def ground_points(self, film: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Mean position and unit normal of the empty ground in each pixel, both [height, width, 3]."""
         values = self.auxiliary(self.scene([], {}, film), "p:position,n:sh_normal", 16)
-        positions, normals = values[..., :3], values[..., 3:6]
-        return positions, normals / np.linalg.norm(normals, axis=-1, keepdims=True)
+        normals = values[..., 3:6]
+        return values[..., :3], normals / np.linalg.norm(normals, axis=-1, keepdims=True)
 
     def ground_indirect(self) -> np.ndarray:
         """Light from ground to ground [height, width, 3]: faint and smooth, so coarse and unjittered."""
@@ -377,10 +395,8 @@ class Renderer:
         film = (32, 24)
         indirect = self.trace(self.scene([], lamps, film), 1024, seed=0)
         indirect = (indirect - direct_light(*self.ground_points(film), lamps)).astype(np.float32)
-        channels = [
-            Image.fromarray(indirect[..., c]).resize(self.film, Image.Resampling.BICUBIC) for c in range(3)
-        ]
-        return np.stack(channels, -1)
+        channels = [Image.fromarray(indirect[..., c]) for c in range(3)]
+        return np.stack([np.array(c.resize(self.film, Image.Resampling.BICUBIC)) for c in channels], -1)
 
     def visible_pixels(self, placed: list[tuple], film: tuple[int, int]) -> list[int]:
         """How many pixels of `film` show each of the `placed` objects."""
@@ -413,9 +429,9 @@ class Renderer:
     def layout(self, scene_name: str, names: list[str]) -> tuple[list[tuple], dict[str, np.ndarray], int]:
         """Placed objects, lamp positions and sampler seed of a scene, from (seed, scene name) alone."""
         rng = np.random.default_rng([self.seed, *scene_name.encode()])
-        jitter = {n: rng.uniform(-LAMP_JITTER, LAMP_JITTER, 3) for n in LAMPS}
+        lamps = {n: np.add(lamp[0], rng.uniform(-LAMP_JITTER, LAMP_JITTER, 3)) for n, lamp in LAMPS.items()}
         trace_seed = int(rng.integers(2**31))
-        return self.place(rng, names), {n: np.add(LAMPS[n][0], jitter[n]) for n in LAMPS}, trace_seed
+        return self.place(rng, names), lamps, trace_seed
 
     def pictures(self, scene_name: str, names: list[str], counts: list[int]) -> list[Image.Image]:
         """The scene with its first k objects, for each k of `counts`.
@@ -432,12 +448,14 @@ class Renderer:
             scene = self.scene(placed[:count], lamps, self.film)
             is_ground = np.abs(self.depth(placed[:count]) - self.empty_depth).max(-1, keepdims=True) < 1e-3
             image = Image.fromarray(to_srgb(self.trace(scene, self.samples, seed) - noise * is_ground))
-            size = tuple(map(int, self.size.split("x")))
-            images.append(image if image.size == size else image.resize(size, Image.Resampling.BILINEAR))
+            images.append(image.resize(self.pixels, Image.Resampling.BILINEAR))
         return images
 
 
 # ----------------------------------------------------------------------------------------------- command line
+
+
+renderer: Renderer  # of this worker
 
 
 def start_worker(size: str, samples: int, seed: int):
@@ -449,7 +467,7 @@ def start_worker(size: str, samples: int, seed: int):
     renderer = Renderer(size, samples, seed)
 
 
-def render_scene(job: tuple[str, list[str], list[int]]) -> list[bytes]:
+def render_scene(job: Job) -> list[bytes]:
     """The PNG files of one scene. The parent writes them, in order, so a stop leaves no gap."""
     files = []
     for image in renderer.pictures(*job):
@@ -472,9 +490,10 @@ def group_scenes(labels: dict[str, list[str]], path: Path) -> dict[str, list[str
     return scenes
 
 
-def scene_job(name: str, filenames: list[str], labels: dict[str, list[str]]) -> tuple:
-    """What `render_scene` takes: scene name, its objects, how many of them each picture shows."""
-    return name, max((labels[f] for f in filenames), key=len), [len(labels[f]) for f in filenames]
+def scene_job(name: str, filenames: list[str], labels: dict[str, list[str]]) -> Job:
+    """What `render_scene` takes to render the pictures `filenames` of a scene."""
+    conditions = [labels[f] for f in filenames]
+    return name, max(conditions, key=len), [len(c) for c in conditions]
 
 
 def refuse_others(out: Path, labels_path: Path):
@@ -485,9 +504,7 @@ def refuse_others(out: Path, labels_path: Path):
     if labels_path.resolve().parent == out.resolve():
         found.discard(labels_path.name)
     if found:
-        raise InputError(
-            f"{out}: holds files that render.py did not make ({shown(min(found))}); choose another --out"
-        )
+        raise InputError(f"{out}: holds files that render.py did not make ({shown(min(found))}); choose another --out")
 
 
 def mitsuba_version() -> str:
@@ -497,7 +514,7 @@ def mitsuba_version() -> str:
         raise InputError("mitsuba: not installed; pip install -r requirements-dev.txt") from None
 
 
-def render_scenes(jobs: list[tuple[str, list[str], list[int]]], options: dict, workers: int):
+def render_scenes(jobs: list[Job], options: dict, workers: int) -> Iterator[list[bytes]]:
     """Yield the PNG files of each of `jobs`, made by `scene_job`."""
     context = multiprocessing.get_context("spawn")
     start = (options["size"], options["samples"], options["seed"])
@@ -527,71 +544,79 @@ def pack(out: Path, labels_path: Path, objects: dict[str, int], limit: int | Non
     print(f"{path}: {len(data):,} pictures, {path.stat().st_size / 1e6:.1f} MB")
 
 
-def verify(path: Path, labels_path: Path, scenes: int, workers: int, objects: dict[str, int]):
-    """Render `scenes` scenes of the pack `path`, spread evenly, with its own options; print what differs."""
+def verify(path: Path, labels_path: Path, count: int, workers: int, objects: dict[str, int]):
+    """Render `count` scenes of the pack `path`, spread evenly, with its own options; print what differs."""
     here = mitsuba_version()
-    data = ICLEVRDataset(path, labels_path, objects)
-    images, options = data.images, data.manifest["options"]
-    labels = dict(zip(data.filenames, data.conditions, strict=True))
-    grouped = list(group_scenes(labels, labels_path).items())
-    steps = len(images) // len(grouped)
-    chosen = sorted(set(np.linspace(0, len(grouped) - 1, scenes).astype(int)))
-    jobs = [scene_job(*grouped[scene], labels) for scene in chosen]
+    images, manifest, labels = load_pack(path, labels_path, load_labels(labels_path, objects))
+    options = manifest["options"]
+    scenes = group_scenes(labels, labels_path)
+    names = list(scenes)
+    chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, count).astype(int))]
+    jobs = [scene_job(name, scenes[name], labels) for name in chosen]
+    index_of = {filename: i for i, filename in enumerate(labels)}
     differences = []
-    for scene, pictures in zip(chosen, render_scenes(jobs, options, workers), strict=True):
-        for packed, png in zip(images[scene * steps : (scene + 1) * steps], pictures, strict=True):
+    for name, pngs in zip(chosen, render_scenes(jobs, options, workers), strict=True):
+        for filename, png in zip(scenes[name], pngs, strict=True):
+            packed = images[index_of[filename]].permute(1, 2, 0).numpy()
             image = np.array(Image.open(io.BytesIO(png))).astype(int)
-            differences.append(abs(image - packed.permute(1, 2, 0).numpy()).max(-1))
-    share, largest = np.mean(np.array(differences) > 0), np.max(differences)
+            differences.append(abs(image - packed).max(-1))
+    share = np.mean(np.array(differences) > 0)
     print(f"{path}: {len(differences)} of {len(images):,} pictures rendered again")
-    print(f"{share:.4%} of their pixels differ, by {largest} grey levels at most")
+    print(f"{share:.4%} of their pixels differ, by {np.max(differences)} grey levels at most")
     if here != options["mitsuba"]:
         print(f"packed from Mitsuba {options['mitsuba']}, rendered again with {here}")
+
+
+def render_folder(out: Path, labels_path: Path, objects: dict[str, int], args: argparse.Namespace):
+    """Render the scenes that `out` lacks of the first `args.limit` of a label file, or of all.
+
+    Ctrl-C ends the process with exit code 130. What was rendered stays, and the same command goes on.
+    """
+    labels = load_labels(labels_path, objects)
+    scenes = group_scenes(labels, labels_path)
+    options = {"size": args.size, "samples": args.samples, "seed": args.seed, "mitsuba": mitsuba_version()}
+    wanted = {"labels": labels_path.name, "labels_sha256": text_sha256(labels_path), "options": options}
+    manifest = open_manifest(out, wanted)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / MANIFEST_NAME, manifest)
+
+    todo = list(scenes)[manifest["scenes_done"] : args.limit]
+    jobs = [scene_job(name, scenes[name], labels) for name in todo]
+    rendered = render_scenes(jobs, options, args.workers)
+    try:
+        with signals_interrupt():
+            for name, pictures in zip(todo, rendered, strict=True):
+                for filename, png in zip(scenes[name], pictures, strict=True):
+                    (out / filename).write_bytes(png)
+                manifest["scenes_done"] += 1
+                write_json(out / MANIFEST_NAME, manifest)
+    except KeyboardInterrupt:
+        done = f"{manifest['scenes_done']} of {len(scenes)} scenes"
+        print(f"stopped after {done}; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(f"{out}: {manifest['scenes_done']} of {len(scenes)} scenes are rendered")
 
 
 @command
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     if args.make_labels:
-        write_new(
-            {(args.out or Path(".")) / name: content for name, content in make_labels(args.seed).items()}
-        )
+        folder = args.out or Path()
+        write_new({folder / name: content for name, content in make_labels(args.seed).items()})
         return
-    out, objects = args.out or Path("iclevr"), load_objects()
+    objects = load_objects()
+    out = args.out or Path("iclevr")
     if args.pack:
-        return pack(out, args.labels, objects, args.limit)
-    if args.verify:
-        return verify(out.with_name(f"{out.name}.npz"), args.labels, args.limit or 20, args.workers, objects)
-    if args.random_scenes:
-        args.labels = out / "labels.json"
-    refuse_others(out, args.labels)
-    if args.random_scenes:
-        write_new({args.labels: random_labels(args.random_scenes, args.seed)})
-    labels = load_labels(args.labels, objects)
-    scenes = group_scenes(labels, args.labels)
-    options = {"size": args.size, "samples": args.samples, "seed": args.seed, "mitsuba": mitsuba_version()}
-    wanted = {"labels": args.labels.name, "labels_sha256": text_sha256(args.labels), "options": options}
-    manifest = open_manifest(out, wanted)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / MANIFEST_NAME, manifest)
-
-    todo = list(scenes.items())[manifest["scenes_done"] : args.limit]
-    jobs = [scene_job(name, filenames, labels) for name, filenames in todo]
-    rendered = render_scenes(jobs, options, args.workers)
-    try:
-        with signals_interrupt():
-            for (_, filenames), pictures in zip(todo, rendered, strict=True):
-                for filename, data in zip(filenames, pictures, strict=True):
-                    (out / filename).write_bytes(data)
-                manifest["scenes_done"] += 1
-                write_json(out / MANIFEST_NAME, manifest)
-    except KeyboardInterrupt:
-        print(
-            f"stopped after {manifest['scenes_done']} of {len(scenes)} scenes; the same command goes on",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
-    print(f"{out}: {manifest['scenes_done']} of {len(scenes)} scenes are rendered")
+        pack(out, args.labels, objects, args.limit)
+    elif args.verify:
+        path = out.with_name(f"{out.name}.npz") if args.out else PACK
+        verify(path, args.labels, args.limit or 20, args.workers, objects)
+    else:
+        labels_path = out / "labels.json" if args.random_scenes else args.labels
+        refuse_others(out, labels_path)
+        if args.random_scenes:
+            write_new({labels_path: random_labels(args.random_scenes, args.seed)})
+        render_folder(out, labels_path, objects, args)
 
 
 if __name__ == "__main__":
