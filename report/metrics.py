@@ -1,9 +1,9 @@
-"""Scores of pictures that sample.py painted: how sure the accuracy is, and what it does not see.
+"""Measures of the pictures that sample.py painted.
 
-    python -m report.metrics images/test images/new_test       # a line each; report.py makes a page of them
+    python -m report.metrics images/test images/new_test       # a line each; `python -m report` makes a page
 
-The lab's accuracy is noisy (a list has 72 or 84 objects) and blind to objects too many. So it comes with an
-interval, with the exact set, and with a second judge that counts (judge.py).
+The lab's accuracy is noisy, as a list has only 72 or 84 objects, and it does not notice surplus objects. So
+it comes with a confidence interval, the exact set, and a second judge that counts objects (judge.py).
 """
 
 import argparse
@@ -15,7 +15,8 @@ from options import RANGES, check_options
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        description="Scores of pictures that sample.py painted, with their intervals and a second judge."
+        prog="python -m report.metrics",
+        description="Scores of pictures that sample.py painted, with confidence intervals and a second judge.",
     )
     parser.add_argument("folders", type=to_path, nargs="+", metavar="FOLDER", help="such as images/test")
     return parser.parse_args(argv)
@@ -26,103 +27,137 @@ if __name__ == "__main__":
 
 import collections
 import statistics
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from scipy.stats import t as student_t
-from torch import nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
-from dataset import read_pictures, to_float
+from dataset import read_pictures
 from infra.files import check_fields, load_json
+from lab import load_evaluator
 from labels import check_condition, load_objects, multi_hot
 from options import NUM_OBJECTS
 from report.judge import Found, count_colours, find_objects
-from scoring import BATCH_SIZE, Scoring, load_evaluator
+from scoring import Scoring
 
-REPORT = {"conditions": list, "num_images": int, "seed": int, "accuracies": list, "precision": str}
-REPORT |= {"weights": str, "evaluator": str}  # what a report of sample.py has at least
+REPORT_FIELDS: dict[str, type] = dict(  # that every report of sample.py has
+    conditions=list, num_images=int, seed=int, accuracies=list, precision=str, weights=str, evaluator=str
+)
+
+
+def colour_of(name: str) -> str:
+    """The colour in an object's name, such as "red" of "red cube"."""
+    return name.split()[0]
+
+
+def shape_of(name: str) -> str:
+    """The shape in an object's name, such as "cube" of "red cube"."""
+    return name.split()[1]
+
+
+# ------------------------------------------------------------------------------------------------ both judges
 
 
 @dataclass(frozen=True)
 class Judged:
-    """N pictures, what they were to show, and what both judges saw in them."""
+    """N pictures, what they should show, and what the two judges saw in them."""
 
     pictures: torch.Tensor  # uint8 [N, 3, 64, 64]
     conditions: list[list[str]]
     labels: torch.Tensor  # bool [N, 24]
-    probabilities: torch.Tensor  # [N, 24], of the evaluator
-    threshold: float  # of these
+    probabilities: torch.Tensor  # [N, 24], from the evaluator
+    threshold: float  # an object with a higher probability counts as seen
     found: list[list[Found]]  # by the second judge
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def part(self, indices: range) -> "Judged":
-        """The same of some pictures next to each other."""
+        """The same for some consecutive pictures."""
         at = slice(indices.start, indices.stop)
-        tensors = (self.labels[at], self.probabilities[at])
-        return Judged(self.pictures[at], self.conditions[at], *tensors, self.threshold, self.found[at])
+        return Judged(
+            self.pictures[at],
+            self.conditions[at],
+            self.labels[at],
+            self.probabilities[at],
+            self.threshold,
+            self.found[at],
+        )
 
     @cached_property
     def seen(self) -> torch.Tensor:
-        """Bool [N, 24]: objects above the evaluator's threshold."""
+        """Bool [N, 24]: the objects that the evaluator sees."""
         return self.probabilities > self.threshold
 
     @cached_property
     def hits(self) -> torch.Tensor:
-        """Bool [N, 24]: objects asked for that are among the evaluator's k highest, k of them asked for."""
+        """Bool [N, 24]: for a picture with k objects, those of them that are among the evaluator's k highest
+        probabilities."""
         ranks = self.probabilities.argsort(dim=1, descending=True).argsort(dim=1)
         return self.labels & (ranks < self.labels.sum(1, keepdim=True))
 
     @cached_property
     def exact(self) -> torch.Tensor:
-        """Bool [N]: the evaluator sees all objects asked for and no other."""
+        """Bool [N]: right for the evaluator, which sees all objects asked for and no other."""
         return (self.seen == self.labels).all(1)
 
     @cached_property
-    def surplus(self) -> list[collections.Counter]:
-        """For each picture the colours of which the second judge counts more objects than asked for."""
-        return [counted - asked for counted, asked in self._colours]
-
-    @cached_property
     def counted(self) -> torch.Tensor:
-        """Bool [N]: the second judge counts as many objects of each colour as asked for."""
+        """Bool [N]: right for the second judge, which counts as many objects of each colour as asked for."""
         return torch.tensor([counted == asked for counted, asked in self._colours])
 
     @cached_property
+    def both(self) -> torch.Tensor:
+        """Bool [N]: right for both judges."""
+        return self.exact & self.counted
+
+    @cached_property
+    def surplus(self) -> list[collections.Counter]:
+        """For each picture: how many objects of each colour the second judge counts too many."""
+        return [counted - asked for counted, asked in self._colours]
+
+    @cached_property
     def _colours(self) -> list[tuple[collections.Counter, collections.Counter]]:
-        asked = [collections.Counter(n.split()[0] for n in condition) for condition in self.conditions]
-        return list(zip(map(count_colours, self.found), asked, strict=True))
+        """For each picture: how many objects of each colour are counted, and how many are asked for."""
+        pairs = []
+        for found, condition in zip(self.found, self.conditions, strict=True):
+            pairs.append((count_colours(found), collections.Counter(map(colour_of, condition))))
+        return pairs
 
 
 def judge(pictures: torch.Tensor, conditions: list[list[str]], evaluator: Scoring) -> Judged:
-    """Show uint8 pictures [N, 3, 64, 64], which are to show `conditions`, to both judges."""
+    """Show uint8 pictures [N, 3, 64, 64], which should show `conditions`, to both judges."""
     labels = multi_hot(conditions, load_objects()).bool()
-    found = evaluator.judge(pictures)
-    objects = [find_objects(picture) for picture in pictures.numpy()]
-    return Judged(pictures, conditions, labels, found, evaluator.threshold, objects)
+    probabilities = evaluator.judge(pictures)
+    found = [find_objects(picture) for picture in pictures.numpy()]
+    return Judged(pictures, conditions, labels, probabilities, evaluator.threshold, found)
 
 
 def load_samples(folder: Path) -> tuple[dict, Judged]:
-    """What sample.py painted into `folder`: its report, and the pictures judged. Raises InputError."""
+    """Read and judge what sample.py painted into `folder`: its report, and the judged pictures. Raises
+    InputError."""
     path = folder.with_name(f"{folder.name}.json")
-    report, objects = load_json(path), load_objects()
+    report = load_json(path)
+    check_report(report, path)
+    pictures = read_pictures(folder, report["num_images"])
+    size = len(report["conditions"])
+    conditions = [report["conditions"][i % size] for i in range(len(pictures))]
+    return report, judge(pictures, conditions, load_evaluator(report["evaluator"]))
+
+
+def check_report(report, path: Path):
+    """Raise InputError unless `report`, read from `path`, belongs to a list that was painted to its end."""
     if not isinstance(report, dict) or not report.get("accuracies"):
         raise InputError(f"{path}: expected the report that sample.py writes beside a list it painted whole")
-    conditions, count = (check_fields(report, REPORT, path)[name] for name in ("conditions", "num_images"))
+    check_fields(report, REPORT_FIELDS, path)
     check_options({name: report[name] for name in ("sampler", *RANGES) if name in report}, str(path))
-    if not conditions or not count or not all(type(x) is float for x in report["accuracies"]):
+    has_floats = all(type(accuracy) is float for accuracy in report["accuracies"])
+    if not report["conditions"] or not report["num_images"] or not has_floats:
         raise InputError(f"{path}: expected conditions, a number of pictures, accuracies")
-    for i, condition in enumerate(conditions):
+    objects = load_objects()
+    for i, condition in enumerate(report["conditions"]):
         check_condition(condition, objects, f"{path}, conditions, entry {i}")
-    pictures = read_pictures(folder, count)
-    conditions = [conditions[i % len(conditions)] for i in range(count)]
-    return report, judge(pictures, conditions, load_evaluator(report["evaluator"]))
 
 
 # ----------------------------------------------------------------------------------------------------- scores
@@ -130,88 +165,119 @@ def load_samples(folder: Path) -> tuple[dict, Judged]:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean of some runs, their standard deviation, and the 95 % interval of the mean (Student's t); of one
-    run neither."""
+    """Mean of some runs; of two runs or more also their standard deviation, and the 95 % confidence interval
+    of the mean."""
 
     mean: float
     deviation: float | None = None
     interval: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" + (f" ± {self.deviation:.3f}" if self.deviation is not None else "")
+        if self.deviation is None:
+            return f"{self.mean:.3f}"
+        return f"{self.mean:.3f} ± {self.deviation:.3f}"
 
 
 def spread(values: list[float]) -> Spread:
     mean = statistics.mean(values)
     if len(values) < 2:
         return Spread(mean)
-    deviation = statistics.stdev(values)
-    half = student_t.ppf(0.975, len(values) - 1) * deviation / len(values) ** 0.5
-    return Spread(mean, deviation, (mean - half, mean + half))
+    return Spread(mean, statistics.stdev(values), confidence_interval(values))
+
+
+def confidence_interval(values: list[float]) -> tuple[float, float]:
+    """The 95 % interval (Student's t) of the mean of two values or more."""
+    mean = statistics.mean(values)
+    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return mean - half, mean + half
 
 
 def runs_of(judged: Judged, size: int) -> list[Judged]:
-    """Each whole time through a list of `size` conditions; if there is none, what there is of it."""
+    """Cut pictures into whole runs through a list of `size` conditions. If there is no whole run, return the
+    part that there is."""
     count = max(1, len(judged) // size)
-    return [judged.part(range(k * size, min((k + 1) * size, len(judged)))) for k in range(count)]
+    return [judged.part(range(k * size, (k + 1) * size)) for k in range(count)]
+
+
+def share(is_so: torch.Tensor) -> float:
+    """Share of True in bool [N]."""
+    return is_so.float().mean().item()
+
+
+def measure(run: Judged) -> dict[str, float]:
+    """All measures of one run through a list.
+
+    `accuracy` is the lab's: the share of hits among all objects asked for (micro top-k). `per_condition` is
+    the mean of each picture's own share, so that all pictures weigh the same. The others are shares of
+    pictures. `exact_set`, `second_judge`, `both`: right for the evaluator, for the second judge, for both.
+    `extra_seen`: the evaluator sees an object that was not asked for. `extra_counted`: the second judge
+    counts more objects of a colour than were asked for.
+    """
+    hits = run.hits.sum(1)
+    asked = run.labels.sum(1)
+    return {
+        "accuracy": (hits.sum() / asked.sum()).item(),
+        "per_condition": (hits / asked).mean().item(),
+        "exact_set": share(run.exact),
+        "second_judge": share(run.counted),
+        "both": share(run.both),
+        "extra_seen": share((run.seen & ~run.labels).any(1)),
+        "extra_counted": sum(1 for extra in run.surplus if extra) / len(run),
+    }
 
 
 def scores(runs: list[Judged]) -> dict[str, Spread]:
-    """The measures of a list painted several times.
-
-    `accuracy`: the lab's, micro top-k; `per_condition`: its mean over pictures, each of which then weighs the
-    same however many objects it has; shares of pictures: `exact_set`, `second_judge`, `both` held right by
-    the evaluator, by the second judge, by both; `extra_seen`, `extra_counted` in which the evaluator sees an
-    object not asked for, the second judge more objects of a colour than asked for.
-    """
-    measures = {
-        "accuracy": lambda run: run.hits.sum() / run.labels.sum(),
-        "per_condition": lambda run: (run.hits.sum(1) / run.labels.sum(1)).mean(),
-        "exact_set": lambda run: run.exact.float().mean(),
-        "second_judge": lambda run: run.counted.float().mean(),
-        "both": lambda run: (run.exact & run.counted).float().mean(),
-        "extra_seen": lambda run: (run.seen & ~run.labels).any(1).float().mean(),
-        "extra_counted": lambda run: sum(1 for extra in run.surplus if extra) / len(run),
-    }
-    return {name: spread([float(measure(run)) for run in runs]) for name, measure in measures.items()}
+    """The measures of a list that was painted several times; their names are those of `measure`."""
+    measures = [measure(run) for run in runs]
+    return {name: spread([one[name] for one in measures]) for name in measures[0]}
 
 
 def by_number(judged: Judged) -> list[tuple[int, int, float, float, float]]:
-    """Number of objects asked for, pictures, accuracy, exact set, held right by both judges."""
+    """Rows by the number of objects asked for: that number, pictures, accuracy, shares of pictures that are
+    right for the evaluator and right for both judges."""
     number = judged.labels.sum(1)
     rows = []
     for n in number.unique().tolist():
-        of = number == n
-        accuracy = judged.hits[of].sum().item() / judged.labels[of].sum().item()
-        exact_set, both = (x[of].float().mean().item() for x in (judged.exact, judged.exact & judged.counted))
-        rows.append((n, int(of.sum()), accuracy, exact_set, both))
+        chosen = number == n
+        accuracy = judged.hits[chosen].sum().item() / judged.labels[chosen].sum().item()
+        rows.append((n, int(chosen.sum()), accuracy, share(judged.exact[chosen]), share(judged.both[chosen])))
     return rows
 
 
-def by_object(judged: Judged, names: list[str], part: int | None) -> list[tuple[str, int, float]]:
-    """Accuracy by colour (`part` 0), shape (1) or object (None): name, times asked for, share of hits.
+def by_group(judged: Judged, groups: list[str]) -> list[tuple[str, int, float]]:
+    """Rows by group of objects: the group, how often its objects were asked for, their accuracy.
 
-    `names` [24] are those of the labels."""
-    groups = collections.defaultdict(list)
-    for i, name in enumerate(names):
-        groups[name if part is None else name.split()[part]].append(i)
-    asked = {group: int(judged.labels[:, of].sum()) for group, of in groups.items()}
-    return [(g, asked[g], int(judged.hits[:, of].sum()) / asked[g]) for g, of in groups.items() if asked[g]]
+    `groups` [24] says in which group each label is: for example the 24 names themselves, or their colours.
+    """
+    rows = []
+    for group in dict.fromkeys(groups):  # each once
+        members = torch.tensor([other == group for other in groups])  # bool [24]
+        asked = int(judged.labels[:, members].sum())
+        if asked:
+            rows.append((group, asked, int(judged.hits[:, members].sum()) / asked))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- confusions
 
 
 def confusions(names: list[str], asked: torch.Tensor, seen: torch.Tensor) -> list[tuple[str, str]]:
-    """What was taken for what in one picture, given its rows [24] of labels; '' stands for nothing."""
+    """Mistakes in one picture as pairs (object asked for, object seen in its place); '' stands for nothing.
+
+    `names` [24] are those of the labels; `asked` and `seen` are bool [24]. A missed object is paired with a
+    surplus one of the same colour, else of the same shape, else with nothing.
+    """
     missed = [names[i] for i in (asked & ~seen).nonzero().flatten()]
     extra = [names[i] for i in (seen & ~asked).nonzero().flatten()]
     pairs = []
-    for part in (0, 1):  # the same colour first, then the same shape
-        for name in list(missed):
-            twin = next((e for e in extra if e.split()[part] == name.split()[part]), None)
-            if twin:
-                pairs.append((name, twin))
+    for kept in (colour_of, shape_of):
+        for name in missed.copy():
+            alike = [other for other in extra if kept(other) == kept(name)]
+            if alike:
+                pairs.append((name, alike[0]))
                 missed.remove(name)
-                extra.remove(twin)
-    return pairs + [(m, "") for m in missed] + [("", e) for e in extra]
+                extra.remove(alike[0])
+    return pairs + [(name, "") for name in missed] + [("", name) for name in extra]
 
 
 def kind_of(asked: str, seen: str) -> str:
@@ -220,76 +286,29 @@ def kind_of(asked: str, seen: str) -> str:
         return "missed"
     if not asked:
         return "seen where there is none"
-    return "shape mistaken" if asked.split()[0] == seen.split()[0] else "colour mistaken"
+    return "shape mistaken" if colour_of(asked) == colour_of(seen) else "colour mistaken"
 
 
 def all_confusions(judged: Judged, names: list[str]) -> list[tuple[str, str]]:
     """The `confusions` of all pictures, one after the other."""
-    return [
-        pair
-        for asked, seen in zip(judged.labels, judged.seen, strict=True)
-        for pair in confusions(names, asked, seen)
-    ]
+    pairs = []
+    for asked, seen in zip(judged.labels, judged.seen, strict=True):
+        pairs += confusions(names, asked, seen)
+    return pairs
 
 
 def confusion_matrix(judged: Judged, names: list[str]) -> torch.Tensor:
-    """Counts [25, 25]: rows the object asked for, columns the object that the evaluator saw in its place; the
-    last of both stands for none. `names` [24] are those of the labels."""
-    index = {name: i for i, name in enumerate(names)} | {"": NUM_OBJECTS}
-    right = (judged.labels & judged.seen).nonzero()[:, 1]
-    mistakes = all_confusions(judged, names)
-    asked, seen = (torch.tensor([index[pair[side]] for pair in mistakes]).long() for side in (0, 1))
-    return multiclass_confusion_matrix(torch.cat([right, seen]), torch.cat([right, asked]), NUM_OBJECTS + 1)
+    """Counts [25, 25]: rows are objects asked for, columns the objects that the evaluator saw in their place.
 
-
-# ------------------------------------------------------------------------------------------------- likeness
-
-
-@torch.no_grad()
-def features(pictures: torch.Tensor, evaluator: Scoring) -> torch.Tensor:
-    """What the evaluator's last layer is given of uint8 pictures [N, 3, 64, 64]: [N, 512]."""
-    body = nn.Sequential(*list(evaluator.resnet18.children())[:-1], nn.Flatten())
-    parts = pictures.split(BATCH_SIZE)
-    return torch.cat([body(to_float(part).to(evaluator.device)).cpu() for part in parts])
-
-
-def distances(real: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-    """Frechet (arXiv 1706.08500) and kernel distance (arXiv 1801.01401) between features [N, 512] and
-    [M, 512]; the second with the standard deviation over its subsets."""
-    frechet = FrechetInceptionDistance(feature=(given := _Given()), normalize=False)
-    size = min(1000, len(real), len(other))
-    with warnings.catch_warnings(action="ignore"):  # that features are kept
-        kernel = KernelInceptionDistance(feature=given, subset_size=size, subsets=50)
-    for metric in (frechet, kernel):
-        metric.update(real, real=True)
-        metric.update(other, real=False)
-    torch.manual_seed(0)  # of the subsets
-    mean, deviation = kernel.compute()
-    return {"frechet": frechet.compute().item(), "kernel": mean.item(), "kernel_deviation": deviation.item()}
-
-
-class _Given(nn.Module):
-    """Hands features on: torchmetrics asks for a network, which here has run already."""
-
-    num_features = 512
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-def nearest(pictures: torch.Tensor, training: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distance [N] of uint8 pictures [N, 3, 64, 64] to the nearest of `training` [M, 3, 64, 64], root mean
-    square in grey levels, and which one it is [N]."""
-    ours = pictures.flatten(1).float() - 128
-    best, index = torch.full((len(ours),), torch.inf), torch.zeros(len(ours), dtype=torch.long)
-    for start in range(0, len(training), 1000):
-        theirs = training[start : start + 1000].flatten(1).float() - 128
-        squares = theirs.square().sum(1) - 2 * (ours @ theirs.T)  # [N, 1000], less the constant of each row
-        low, at = squares.min(1)
-        index = torch.where(low < best, start + at, index)
-        best = torch.minimum(best, low)
-    exact = (pictures.float() - training[index].float()).square().mean((1, 2, 3)).sqrt()
-    return exact, index
+    The last row and column stand for nothing. `names` [24] are those of the labels.
+    """
+    matrix = torch.zeros(NUM_OBJECTS + 1, NUM_OBJECTS + 1, dtype=torch.long)
+    right = (judged.labels & judged.seen).sum(0)  # [24]
+    matrix[:-1, :-1] = right.diag()
+    index = {name: i for i, name in enumerate([*names, ""])}
+    for asked, seen in all_confusions(judged, names):
+        matrix[index[asked], index[seen]] += 1
+    return matrix
 
 
 @command
