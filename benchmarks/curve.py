@@ -22,7 +22,8 @@ def main():
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for path in args.logs:
         entries = [json.loads(line) for line in path.read_text().splitlines()]
-        pictures, loss = (np.array([e[name] for e in entries]) for name in ("pictures", "loss"))
+        pictures = np.array([entry["pictures"] for entry in entries])
+        loss = np.array([entry["loss"] for entry in entries])
         width = max(1, len(loss) // 50)  # a mean over a fiftieth of the run: single entries are noisy
         smooth = np.convolve(loss, np.ones(width) / width, "valid")
         axes.plot(pictures[width - 1 :], smooth, label=path.parent.name)

@@ -1,23 +1,35 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in stages of at most nine minutes. A stage that ran out of time exits with 75;
-# the same command again goes on where it stopped.
+# What only a GPU can measure, in stages, the most valuable first:
 #
-#   benchmarks/gpu.sh bench         # our loops against plain ones
-#   benchmarks/gpu.sh small         # the small model to convergence on the pictures that ship, its weights out
-#   benchmarks/gpu.sh reference     # the reference recipe, 40 epochs
-#   benchmarks/gpu.sh longer        # both for longer: the reference to 150 epochs
-#   benchmarks/gpu.sh all           # one after the other, each until it is done
-#   DRY_RUN=1 benchmarks/gpu.sh all # every stage on a CPU, a few steps each, in some minutes
+#   benchmarks/gpu.sh reference     # the recipe of the report, 40 epochs; its lists sampled and scored
+#   benchmarks/gpu.sh small         # the small model for longer than two CPU cores allow; its weights
+#   benchmarks/gpu.sh bench         # our loops against plain ones (speed.py)
+#   benchmarks/gpu.sh longer        # after the first two: both models for longer, the reference to 150 epochs
+#   benchmarks/gpu.sh all           # these four in this order, each until it is done
+#   DRY_RUN=1 benchmarks/gpu.sh all # every stage on a CPU with a few steps, in some minutes
 #
-# A stage's results (JSON, grids, curves, weights in half precision) lie in $WORK/results/STAGE and leave as
-# $OUT/STAGE.tar.*, pieces of 15 MiB: cat STAGE.tar.* | tar x. Checkpoints stay in $WORK, which should be a
-# local disk. Needs no network: where diffusers or timm is missing, both come from the wheels in $WHEELS.
+# Time. A stage trains for LIMIT seconds at most, so that a call takes some nine minutes. If that was not enough it
+# exits with 75, and the same command goes on where it stopped. On an NVIDIA H200 the reference trained at 1,376
+# pictures a second: its 40 epochs take 9 minutes. `small` trained at some 4,000 to 6,000 a second at batch 128: its
+# 30,000 steps take 11 to 16 minutes. Compiling comes before (two to three minutes once a machine), sampling after.
+#
+# If a GPU is lent for 15 minutes in all, that is enough for one stage, made shorter (estimated from these rates).
+# First `EPOCHS=30 benchmarks/gpu.sh reference`, and again at once if it exits with 75. Next time, on another
+# machine, `SMALL_STEPS=15000 benchmarks/gpu.sh small`. Then `bench`: what it measured before it ran out of time is
+# in speed.json. `longer` takes about an hour.
+#
+# A stage's results (JSON, grids, curves, weights in half precision) are in $WORK/results/STAGE and are packed as
+# $OUT/STAGE.tar.*, pieces of 15 MiB: cat STAGE.tar.* | tar x. Checkpoints stay in $WORK, which should be a local
+# disk: a machine that is given back takes them along, and its stage starts anew on the next one. Needs no network:
+# where diffusers or timm is missing, both come from the wheels in $WHEELS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-${TMPDIR:-/tmp}/iclevr-ddpm}
 OUT=${OUT:-runs/gpu}
 WHEELS=${WHEELS:-.whl}
 LIMIT=${LIMIT:-500} # seconds that a stage may train
+EPOCHS=${EPOCHS:-40} # of the reference
+SMALL_STEPS=${SMALL_STEPS:-30000}
 python=${PYTHON:-python3}
 mkdir -p "$WORK/results" "$OUT"
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$WORK/compiled
@@ -27,10 +39,14 @@ if ! $python -c 'import diffusers, timm' 2>/dev/null; then
 fi
 
 bench=(--models reference small)
-small=(--batch-size 128 --learning-rate 4e-3 --max-steps 30000)
+small=(--batch-size 128 --learning-rate 4e-3 --max-steps "$SMALL_STEPS")
 small_longer=(--batch-size 128 --learning-rate 2e-3 --max-steps 60000)
-reference_model=reference reference=(--epochs 40) reference_longer=(--epochs 150)
-few=(--seeds 10 --steps 20 --sampler dpmsolver++) all_steps=(--seeds 2) seeds=(--seeds 10)
+reference_model=reference
+reference=(--epochs "$EPOCHS")
+reference_longer=(--epochs 150)
+few_steps=(--seeds 10 --steps 20 --sampler dpmsolver++)
+all_steps=(--seeds 2)
+seeds=(--seeds 10)
 if [ -n "${DRY_RUN:-}" ]; then
     bench=(--models small --pairs 1 --block 1 --batch-size 4 --sample-steps 2)
     small=(--batch-size 4 --max-steps 2)
@@ -38,12 +54,13 @@ if [ -n "${DRY_RUN:-}" ]; then
     reference_model=small
     reference=(--batch-size 4 --lr-schedule constant --max-steps 2)
     reference_longer=(--batch-size 4 --lr-schedule constant --max-steps 3 --sample-every 0)
-    few=(--num-images 2 --steps 2 --sampler dpmsolver++)
-    all_steps=(--num-images 1 --steps 3) seeds=(--num-images 2 --steps 2)
+    few_steps=(--num-images 2 --steps 2 --sampler dpmsolver++)
+    all_steps=(--num-images 1 --steps 3)
+    seeds=(--num-images 2 --steps 2)
 fi
 
-# train NAME SECONDS ARGS...: into $WORK/NAME for so long, which ends with a checkpoint; exits with 75 if that was
-# not enough.
+# train NAME SECONDS ARGS...: trains into $WORK/NAME for so long at most. `timeout` then sends SIGTERM, train.py
+# saves a checkpoint, and `timeout` exits with 124.
 train() {
     local name=$1 seconds=$2 code=0
     shift 2
@@ -60,7 +77,7 @@ train() {
     return $code
 }
 
-# score NAME LABEL "MODES" ARGS...: unless they were scored before
+# score NAME LABEL "MODES" ARGS...: samples and scores these lists, unless they were scored before
 score() {
     local name=$1 out=$results/$2 modes
     read -ra modes <<<"$3"
@@ -71,9 +88,14 @@ score() {
     for mode in "${modes[@]}"; do rm -rf "${out:?}/$mode"; done # the grids stay
 }
 
-stage_bench() {
-    $python benchmarks/speed.py "${bench[@]}" --json "$results/speed.json" 2>"$WORK/bench.err" |
-        tee "$results/speed.md"
+score_reference() {
+    score reference "few-$1" "process test new_test unseen" "${few_steps[@]}"
+    score reference "all-$1" "test new_test" "${all_steps[@]}"
+}
+
+stage_reference() {
+    train reference "$((LIMIT - 60))" --model $reference_model "${reference[@]}"
+    score_reference "$EPOCHS"
 }
 
 # score_small NAME
@@ -87,14 +109,12 @@ stage_small() {
     score_small small
 }
 
-score_reference() {
-    score reference "few-$1" "process test new_test unseen" "${few[@]}"
-    score reference "all-$1" "test new_test" "${all_steps[@]}"
-}
-
-stage_reference() {
-    train reference "$((LIMIT - 60))" --model $reference_model "${reference[@]}"
-    score_reference 40
+stage_bench() {
+    local code=0
+    timeout "$LIMIT" "$python" benchmarks/speed.py "${bench[@]}" --json "$results/speed.json" \
+        2>"$WORK/bench.err" | tee "$results/speed.md" || code=$?
+    [ $code != 124 ] || { echo "out of time: speed.json has what was measured" && return; }
+    return $code
 }
 
 stage_longer() {
@@ -110,9 +130,9 @@ pack() {
     echo "stage $stage: exit code $code after $SECONDS s"
 }
 
-stage=${1:?a stage: bench, small, reference, longer or all}
+stage=${1:?a stage: reference, small, bench, longer or all}
 if [ "$stage" = all ]; then
-    for each in bench small reference longer; do
+    for each in reference small bench longer; do
         code=75
         while [ $code = 75 ]; do code=0; benchmarks/gpu.sh $each || code=$?; done
         [ $code = 0 ] || exit $code

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Samples of the weights that ship, and the page about them:
+# Samples with the weights that ship, and the page about them:
 #
 #     benchmarks/page.sh                  # docs/report.html, samples in images/page
 #     benchmarks/page.sh ../official      # with rows for the test.json and new_test.json of that folder
 #
-# PRECISION=bf16 paints all but the first lists in half precision; an hour and a half on 2 cores.
+# With PRECISION=bf16 all but the first lists are sampled in half precision. An hour and a half on 2 cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=images/page

@@ -1,10 +1,10 @@
 """Guidance scale and interval against two judges: a table in Markdown and a figure.
 
-    python benchmarks/studies/guidance.py --out docs/guidance   # docs/guidance.json, docs/guidance.png
+    python benchmarks/studies/guidance.py --out docs/guidance   # docs/guidance.json and .png
 
-On validation.json, seeds 100 and 101, so that both may be chosen by it; all else as the weights bring it. The
-evaluator is blind to a second copy of an object; the second judge (judge.py) counts them. What
-docs/guidance.json holds already is not sampled again.
+On validation.json, seeds 100 and 101, so that scale and interval may be chosen by it; all other options are
+those that come with the weights. The evaluator is blind to a second copy of an object; the second judge
+(report/judge.py) counts them. What docs/guidance.json already holds is not sampled again.
 """
 
 import sys
@@ -14,9 +14,10 @@ import matplotlib
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
-from steps import sweep
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from steps import sweep
+
 from report.metrics import load_samples, runs_of, scores
 
 RUNS = [(1.0, 0, 1000)]  # guidance scale, interval
@@ -41,33 +42,33 @@ def table(results: list[dict], kind: str):
 
 def draw(results: list[dict], kind: str, path: Path):
     """The scores by scale, a curve for each interval; all start where the scale changes nothing."""
+    unchanged = {"guidance": 1, "negative": 0}[kind]
     results = sorted(results, key=lambda result: result[f"{kind}_scale"])
-    none = {"guidance": 1, "negative": 0}[kind]
+    start = [result for result in results if result[f"{kind}_scale"] == unchanged]
+    others = [result for result in results if result[f"{kind}_scale"] != unchanged]
     figure, sides = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for axes, name, title in zip(
-        sides, ("accuracy", "both"), ("accuracy", "right for both judges"), strict=True
-    ):
-        for low, high in sorted(
-            {tuple(r[f"{kind}_interval"]) for r in results if r[f"{kind}_scale"] != none}
-        ):
-            rows = [r for r in results if r[f"{kind}_scale"] == none or r[f"{kind}_interval"] == [low, high]]
-            scales = [r[f"{kind}_scale"] for r in rows]
-            axes.plot(scales, [r[name] for r in rows], marker="o", label=f"timesteps {low:g} to {high:g}")
+    for axes, name in zip(sides, ("accuracy", "both"), strict=True):
+        title = {"accuracy": "accuracy", "both": "right for both judges"}[name]
+        for interval in sorted({tuple(result[f"{kind}_interval"]) for result in others}):
+            rows = start + [result for result in others if tuple(result[f"{kind}_interval"]) == interval]
+            scales = [row[f"{kind}_scale"] for row in rows]
+            label = f"timesteps {interval[0]:g} to {interval[1]:g}"
+            axes.plot(scales, [row[name] for row in rows], marker="o", label=label)
         axes.set(xlabel=f"{kind} scale", ylabel=f"{title}, validation.json")
         axes.grid(alpha=0.3)
     sides[0].legend()
     figure.savefig(path, dpi=120)
 
 
-def compare(description: str, kind: str, runs: list[tuple[float, float, float]], common: list):
+def compare(description: str, kind: str, runs: list[tuple[float, int, int]], common: list):
     """Sample with each scale and interval (low, high) of `kind` and the `common` options; draw and print."""
-    options = {
-        f"{scale:g} {low} {high}": [f"--{kind}-scale", scale, f"--{kind}-interval", low, high, *common]
-        for scale, low, high in runs
-    }
+    options = {}
+    for scale, low, high in runs:
+        own = [f"--{kind}-scale", scale, f"--{kind}-interval", low, high]
+        options[f"{scale:g} {low} {high}"] = own + common
     results, figure_path = sweep(description, options, judge_twice)
-    draw([*results.values()], kind, figure_path)
-    table([*results.values()], kind)
+    draw(results, kind, figure_path)
+    table(results, kind)
 
 
 if __name__ == "__main__":

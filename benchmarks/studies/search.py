@@ -1,11 +1,11 @@
-"""The search for the preset `small`: one factor changed at a time, at equal time of one CPU core.
+"""The search for the preset `small`: one factor changed at a time, with equal time of one CPU core.
 
-    OMP_NUM_THREADS=1 python benchmarks/studies/search.py train ROW   # 15 minutes of one core and its score
-    python benchmarks/studies/search.py table                         # the rows in docs/search.json, as Markdown
+    OMP_NUM_THREADS=1 python benchmarks/studies/search.py train ROW   # 15 minutes of one core and scores
+    python benchmarks/studies/search.py table                         # docs/search.json as Markdown
 
-A row changes the preset in what ROWS says. It gets as many steps as `small` in some 15 minutes, or as many as
-take the same time if its steps cost more or less, which is measured; the learning rate falls to 0 at the
-last. Scored on validation.json, 3 sampling seeds, DPM-Solver++ with 15 steps.
+A row is `small` with the changes in ROWS. It gets as many steps as `small` in some 15 minutes. If its steps
+cost more or less, which is measured, it gets as many as take the same time. The learning rate falls to 0 at
+the last step. Scored on validation.json, 3 sampling seeds, DPM-Solver++ with 15 steps.
 """
 
 import argparse
@@ -17,19 +17,20 @@ import time
 from pathlib import Path
 
 import torch
-from speed import bare_training
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from baselines import bare_training
+
 import sample
 import train
-from infra.commands import ROOT
 from infra.device import choose_setup, join_processes
 from options import NUM_OBJECTS, PRESETS
 
 RESULTS = ROOT / "docs" / "search.json"
 PARTS = ("network", "scheduler", "training")
 COSTLY = {"network", "batch_size", "optimizer"}  # what changes the cost of a step
-ROWS = {
+ROWS: dict[str, dict] = {
     "small": {},
     "seed 1": {"seed": 1},
     "AdamW, learning rate 1e-3": {"training": {"optimizer": "adamw", "learning_rate": 1e-3}},
@@ -65,11 +66,12 @@ SAMPLING = ["--sampler", "dpmsolver++", "--steps", "15", "--guidance-interval", 
 SAMPLING += ["--negative-scale", "0", "--seeds", "3"]
 GUIDANCE_SCALES = ("2", "4")
 STEPS = 1105  # of `small` in 15 minutes of a core, counted once: the same machine is faster on other days
-WARMUP, TIMED = 3, 5  # steps
+WARMUP = 3  # steps
+TIMED = 5  # steps
 
 
 def seconds_per_step() -> float:
-    """CPU seconds of a training step of the preset `small`, as it is now."""
+    """CPU seconds of a training step of the preset `small`, as PRESETS has it now."""
     size = PRESETS["small"]["training"]["batch_size"]
     setup = choose_setup(join_processes(), "bf16", passes=1, training=True)
     step = bare_training("small", torch.randn(size, 3, 64, 64), torch.zeros(size, NUM_OBJECTS), setup)
@@ -83,23 +85,20 @@ def seconds_per_step() -> float:
 
 def run(name: str, out: Path):
     """Train and score a row; adds it to docs/search.json."""
-    row, steps = ROWS[name], STEPS
-    costly = COSTLY & (row.keys() | row.get("training", {}).keys())
-    if costly:
-        seconds = seconds_per_step()  # of the preset, before the row changes it
+    row = ROWS[name]
+    preset = PRESETS["small"]
+    is_costly = not COSTLY.isdisjoint([*row, *row.get("training", {})])
+    before = seconds_per_step() if is_costly else 0
     for part in PARTS:
-        PRESETS["small"][part] = PRESETS["small"][part] | row.get(part, {})
-    if costly:
-        steps = round(STEPS * seconds / seconds_per_step())
+        preset[part] = {**preset[part], **row.get(part, {})}
+    steps = round(STEPS * before / seconds_per_step()) if is_costly else STEPS
     folder = out / name.replace(" ", "-").replace(",", "")
     seed = str(row.get("seed", 0))
     common = ["--out", str(folder), "--mixed-precision", "bf16", "--sample-every", "0"]
     train.main(["--model", "small", *common, "--max-steps", str(steps), "--seed", seed])
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    result = {"row": name, "commit": commit.stdout.strip(), "steps": steps}
-    result["pictures"] = steps * PRESETS["small"]["training"]["batch_size"]
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    pictures = steps * preset["training"]["batch_size"]
+    result = {"row": name, "commit": commit.stdout.strip(), "steps": steps, "pictures": pictures}
     for scale in GUIDANCE_SCALES:
         images = folder / f"guidance-{scale}"
         common = ["--weights", str(folder), "--out", str(images), "--mixed-precision", "bf16"]
