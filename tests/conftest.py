@@ -1,13 +1,22 @@
+"""What the tests share: a few rendered pictures, a folder with one of everything, ways to run a command, and
+the table of faults in docs/faults.md.
+
+`python -m pytest -m "not slow"` is the quick set; without `-m` all tests run.
+"""
+
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, and before PyTorch counts them
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import filelock
 import pytest
 import torch
 
@@ -18,32 +27,37 @@ from data import render
 from model import ConditionalUNet, build
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "weights" / "small"
 # Two processes, joined by gloo.
-LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]  # 0: a free one
+LAUNCH = [
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0),  # 0: a free one
+]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 OFFICIAL = ROOT.parent / "shared" / "official"  # the lab's label files, on the founders' machines alone
 # For runs of a few steps; in fp32, which some processors would not choose.
 TINY = ["--model", "small", "--batch-size", "4", "--sample-every", "0", "--mixed-precision", "no"]
 
-METADATA = {
+METADATA = {  # the least that weights want
     "model": "small",
     "recipe": {},
     "data": {"labelled": 4},
     "unseen": [],
     "step": 2,
     "pictures_seen": 8,
+    "sampling": {"sampler": "ddim", "steps": 3, "guidance_scale": 1.0},
 }
-METADATA |= {
-    "sampling": {"sampler": "ddim", "steps": 3, "guidance_scale": 1.0}
-}  # the least that weights want
-
-
 NAMES = list(json.loads((ROOT / "train.json").read_text()))[:12]  # those of the fixture `pictures`
-TINY_NETWORK = {"block_out_channels": (32, 32), "layers_per_block": 1, "patch_size": 4}
-TINY_NETWORK |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-TRAIN = "--model small --labels labels.json --data pictures --init weights --out run --batch-size 4"
-TRAIN += " --sample-every 0"
+TINY_NETWORK = {
+    "block_out_channels": (32, 32),
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "patch_size": 4,
+}
+# Options of train.py and sample.py for the folder of the fixture `there`.
+TRAIN = "--model small --labels labels.json --data pictures --init weights --out run --batch-size 4 --sample-every 0"
+SAMPLE = "--weights weights --evaluator evaluator.pth --mode"
 
 
 def listing(folder: Path) -> dict[str, tuple]:
@@ -51,39 +65,51 @@ def listing(folder: Path) -> dict[str, tuple]:
     found = {}
     for base, folders, files in os.walk(folder):
         for name in [*folders, *files]:
-            stat = os.lstat(path := os.path.join(base, name))
+            path = os.path.join(base, name)  # noqa: PTH118 - a string, as the names of os.walk
+            stat = os.lstat(path)
             found[path] = (stat.st_mode, name in files and (stat.st_size, stat.st_mtime_ns))
     return found
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, once for all of pytest's workers: the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers
+    with filelock.FileLock(base / f"{name}.lock"):
+        if not (base / f"{name}.made").exists():
+            make(base / name)
+            (base / f"{name}.made").touch()
+    return base / name
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """The first four scenes of train.json: twelve pictures, rendered for real."""
-    folder = tmp_path_factory.mktemp("data") / "iclevr"
-    render.main(["--limit", "4", "--out", str(folder)])
-    return folder
+    return made_once(tmp_path_factory, "pictures", lambda folder: render.main(["--limit", "4", "--out", str(folder)]))
 
 
 @pytest.fixture(scope="session")
 def good(pictures, tmp_path_factory) -> Path:
     """A folder with all that the scripts take: labels, pictures like the lab's, conditions, weights, a run,
     an evaluator, a pack, a painted list."""
-    folder, labels = tmp_path_factory.mktemp("good"), json.loads((ROOT / "train.json").read_text())
-    (folder / "labels.json").write_text(json.dumps({name: labels[name] for name in NAMES}))
-    (folder / "list.json").write_text(json.dumps([["red cube"], ["cyan sphere", "gray cube"]]))
-    (folder / "pictures").mkdir()
-    for name in NAMES:
-        shutil.copy(pictures / name, folder / "pictures")
-    torch.manual_seed(0)
-    write_weights(folder / "weights", ConditionalUNet(**TINY_NETWORK), build("small")[1], METADATA)
-    shutil.copy(ROOT / "weights" / "evaluator.pth", folder)
-    shutil.copy(ROOT / "data" / "held_out.npz", folder / "pack.npz")
-    before = Path.cwd()
-    os.chdir(folder)
-    train.main([*TRAIN.split(), "--max-steps", "2"])
-    sample.main(["--mode", "list.json", "--weights", "weights"])
-    os.chdir(before)
-    return folder
+
+    def make(folder: Path):
+        (folder / "pictures").mkdir(parents=True)
+        for name in NAMES:
+            shutil.copy(pictures / name, folder / "pictures")
+        labels = json.loads((ROOT / "train.json").read_text())
+        (folder / "labels.json").write_text(json.dumps({name: labels[name] for name in NAMES}))
+        (folder / "list.json").write_text(json.dumps([["red cube"], ["cyan sphere", "gray cube"]]))
+        torch.manual_seed(0)
+        write_weights(folder / "weights", ConditionalUNet(**TINY_NETWORK), build("small")[1], METADATA)
+        shutil.copy(ROOT / "weights" / "evaluator.pth", folder)
+        shutil.copy(ROOT / "data" / "held_out.npz", folder / "pack.npz")
+        with contextlib.chdir(folder):
+            train.main([*TRAIN.split(), "--max-steps", "2"])
+            sample.main(["--mode", "list.json", "--weights", "weights"])
+
+    return made_once(tmp_path_factory, "good", make)
 
 
 @pytest.fixture
@@ -96,6 +122,45 @@ def there(good, tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def seedling(tmp_path_factory) -> Path:
+    """Weights of a network with attention and dropout that is trained at ten steps a second and more."""
+    torch.manual_seed(0)
+    model = ConditionalUNet(
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        patch_size=8,
+        dropout=0.1,
+    )
+    folder = tmp_path_factory.mktemp("seedling") / "w"
+    write_weights(folder, model, build("small")[1], METADATA)
+    return folder
+
+
+@pytest.fixture
+def argv(pictures, seedling):
+    """Options of train.py for a run with all that has a state: EMA, warm-up, decay, both dropouts,
+    accumulation. argv(out, "--max-steps", 2) -> a list of strings."""
+
+    def make(out: Path, *more) -> list[str]:
+        recipe = ["--warmup-steps", 4, "--label-dropout", 0.3, "--grad-accum", 2, "--batch-size", 4]
+        argv = ["--model", "small", "--data", pictures, "--init", seedling, "--out", out, "--sample-every", 0]
+        return list(map(str, [*argv, *recipe, *more]))
+
+    return make
+
+
+@pytest.fixture
+def six(tmp_path, seedling) -> list[str]:
+    """Six conditions in six.json, and the options of sample.py that paint them in batches of two into out."""
+    chosen = json.loads((ROOT / "validation.json").read_text())[::11]
+    (tmp_path / "six.json").write_text(json.dumps(chosen))
+    argv = ["--mode", tmp_path / "six.json", "--weights", seedling, "--steps", 3, "--batch-size", 2]
+    return list(map(str, [*argv, "--out", tmp_path / "out"]))
+
+
 @pytest.fixture
 def clone(tmp_path) -> Path:
     """The project as a new user has it: scripts, label files, pictures, weights."""
@@ -103,9 +168,9 @@ def clone(tmp_path) -> Path:
     folder.mkdir()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.json")]:
         shutil.copy(path, folder)
-    for name in ("infra", "report"):
-        shutil.copytree(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*.npz"))
+    for package in ROOT.glob("*/__init__.py"):
+        name = package.parent.name
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.npz", "__pycache__"))
     shutil.copytree(ROOT / "weights", folder / "weights")
     (folder / "data" / "iclevr.npz").symlink_to(ROOT / "data" / "iclevr.npz")
     return folder

@@ -140,9 +140,21 @@ def _module_to(self, *args, **kwargs):
     """As Module.to, which cannot move what is fake already."""
     device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
     tensors = [*self.parameters(), *self.buffers()]
-    if all(isinstance(t, FakeTensor) for t in tensors) and dtype is None and layout is None:
-        return self
-    return _to(self, *args, **kwargs)
+    if not all(isinstance(t, FakeTensor) for t in tensors) or dtype is not None:
+        return _to(self, *args, **kwargs)
+    if layout is not None:
+        for module in self.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None and weight.ndim == 4:
+                    laid_out = weight.detach().contiguous(memory_format=layout)
+                    module._parameters[name] = torch.nn.Parameter(laid_out, weight.requires_grad)
+    return self
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a script of the project, or in one of its packages."""
+    folder = path.parent
+    return folder == ROOT or folder.parent == ROOT and (folder / "__init__.py").exists()
 
 
 class Cuda(TorchDispatchMode):
@@ -209,7 +221,7 @@ class Cuda(TorchDispatchMode):
 
     def wait(self, what: str):
         """Note a wait, and the line of the project in which it is."""
-        ours = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
+        ours = [frame for frame in traceback.extract_stack() if is_ours(Path(frame.filename))]
         where = f"{Path(ours[-1].filename).name}: {ours[-1].line}" if ours else "?"
         self.waits[f"{what}, {where}"] += 1
 

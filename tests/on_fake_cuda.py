@@ -19,12 +19,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fakecuda
 from fakecuda import Cuda
 
-NAME, MAJOR, MINOR, PICTURES = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-fakecuda.install(NAME, MAJOR, MINOR)
+NAME, MAJOR, MINOR, PICTURES = sys.argv[1:]
+fakecuda.install(NAME, int(MAJOR), int(MINOR))
 warnings.simplefilter("ignore")  # of tensors without numbers
 
 import torch
 
+import lab
 import sample
 import scoring
 import train
@@ -36,15 +37,15 @@ from report import metrics
 # The reference's network, narrower: as many layers, so as many kernels.
 PRESETS["reference"]["network"] = {"block_out_channels": (32, 32, 64, 64, 64, 64)}
 COMPILE_FROM = device.COMPILE_FROM
-
-
 train.tqdm = fakecuda.Steps
 
 
 def run(main, *argv, errors=None, compiles=False) -> dict:
     """What `main` did: what it printed, its exit code, and what would have been compiled."""
     device.COMPILE_FROM = 0 if compiles else COMPILE_FROM
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
     fakecuda.compiled_for.clear()
     with Cuda(errors), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -83,13 +84,11 @@ def on_h100() -> dict:
     found["sample small"] = sampling("small", *lists, "--seed", 1, compiles=True)
     found["sample few"] = sampling("small", "--mode", "test", "--steps", 2, "--seed", 2)
 
-    convolution, no_kernel = "aten.convolution.default", "no kernel image is available for execution"
+    convolution = "aten.convolution.default"
+    no_kernel = "no kernel image is available for execution"
     cublas = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
     failures = {  # the kernel that fails, and how
-        "allocator": (
-            "aten._to_copy.default",
-            torch.OutOfMemoryError("CUDA out of memory."),
-        ),
+        "allocator": ("aten._to_copy.default", torch.OutOfMemoryError("CUDA out of memory.")),
         "driver": (convolution, torch.AcceleratorError("CUDA error: out of memory")),
         "cublas": ("aten.addmm.default", RuntimeError(cublas)),
         "cudnn": (convolution, RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")),
@@ -118,16 +117,16 @@ def with_the_labs_evaluator() -> dict:
     painting = ["--mode", "test", "new_test", "--steps", 1, "--seed", 3]
     found = {"lab: no checkpoint.pth": sampling("small", *painting)}
     # As PyTorch takes it only from a file that is known: with more than tensors and plain values in it.
-    torch.save({"model": state, "options": argparse.Namespace()}, scoring.LAB_CHECKPOINT)
+    torch.save({"model": state, "options": argparse.Namespace()}, lab.LAB_CHECKPOINT)
     found["lab: pickled"] = sampling("small", *painting)
-    content = scoring.LAB_CHECKPOINT.read_bytes()
+    content = lab.LAB_CHECKPOINT.read_bytes()
     official = scoring.OFFICIAL_BLOB
     scoring.OFFICIAL_BLOB = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     found["lab: official"] = sampling("small", "--mode", "process", "--steps", 1)
     scoring.OFFICIAL_BLOB = official
-    torch.save({"model": {}}, scoring.LAB_CHECKPOINT)
+    torch.save({"model": {}}, lab.LAB_CHECKPOINT)
     found["lab: broken"] = sampling("small", *painting)
-    torch.save({"model": state}, scoring.LAB_CHECKPOINT)
+    torch.save({"model": state}, lab.LAB_CHECKPOINT)
     more = ["--evaluator", ROOT / "weights" / "evaluator.pth"]
     found["lab: other weights"] = sampling("small", *painting, *more)
     found["lab: sample"] = sampling("small", *painting)
@@ -148,4 +147,4 @@ def on_t4() -> dict:
     return found | with_the_labs_evaluator()
 
 
-print(json.dumps(on_h100() if MAJOR == 9 else on_t4()))
+print(json.dumps(on_h100() if MAJOR == "9" else on_t4()))

@@ -1,4 +1,4 @@
-"""The scripts that make the figures, at a size that shows they work."""
+"""The scripts in benchmarks/ that make the figures: each starts, and gpu.sh runs to its end at a small size."""
 
 import json
 import os
@@ -8,43 +8,100 @@ import sys
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in BENCHMARKS.rglob("*.py"))
+NOT_COMMANDS = ["benchmarks/baselines.py"]
+STAGES = ("reference", "small", "bench", "longer")
+LISTS = ("test", "new_test")
+
+
+def run_script(*line) -> str:
+    """What a script prints, run from the root of the repository."""
+    command = [sys.executable, *map(str, line)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
+
+
+# ---------------------------------------------------------------------------------------------- every script
+
+
+def test_every_command_is_in_the_readme():
+    text = (BENCHMARKS / "README.md").read_text()
+    assert [script for script in SCRIPTS if script not in NOT_COMMANDS and f"python {script}" not in text] == []
+
+
+@pytest.mark.parametrize("check", ["check_render", "check_evaluator"])  # the others are run below
+def test_a_check_starts_by_its_path(check):
+    assert run_script(f"benchmarks/checks/{check}.py", "--help").startswith("usage: ")
+
+
+@pytest.mark.parametrize("study", ["steps", "negatives"])  # guidance is like the latter
+def test_a_study_prints_the_table_in_the_docs_and_samples_nothing_that_its_file_holds(study, tmp_path):
+    stored = (ROOT / "docs" / f"{study}.json").read_text()
+    (tmp_path / f"{study}.json").write_text(stored)
+    table = run_script(f"benchmarks/studies/{study}.py", "--out", tmp_path / study)
+    assert (tmp_path / f"{study}.json").read_text() == stored
+    assert (tmp_path / f"{study}.png").stat().st_size > 5000
+    assert table in (ROOT / "docs" / "speed.md").read_text() + (ROOT / "weights" / "README.md").read_text()
+
+
+def test_the_search_prints_a_row_for_each_result():
+    results = json.loads((ROOT / "docs" / "search.json").read_text())
+    head = 2
+    assert len(run_script("benchmarks/studies/search.py", "table").splitlines()) == head + len(results)
+
+
+# ---------------------------------------------------------------------------------------------------- gpu.sh
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What the dry run of all stages leaves, unpacked: stage -> folder."""
     folder = tmp_path_factory.mktemp("gpu")
-    env = {"DRY_RUN": "1", "WORK": str(folder / "work"), "OUT": str(folder / "out")}
+    options = {"DRY_RUN": "1", "WORK": str(folder / "work"), "OUT": str(folder / "out"), "PYTHON": sys.executable}
     process = subprocess.run(
-        [ROOT / "benchmarks" / "gpu.sh", "all"], cwd=folder, capture_output=True, text=True, timeout=600,
-        env=os.environ | env | {"PYTHON": sys.executable},
-    )  # fmt: skip
+        [BENCHMARKS / "gpu.sh", "all"],
+        cwd=folder,
+        env={**os.environ, **options},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
     (folder / "results").mkdir()
     pieces = sorted((folder / "out").iterdir())
-    assert len(pieces) <= 8 and all(p.stat().st_size <= 16 * 2**20 for p in pieces)
-    for stage in ("bench", "small", "reference", "longer"):
-        data = b"".join(p.read_bytes() for p in pieces if p.name.startswith(stage))
+    assert len(pieces) <= 8 and all(piece.stat().st_size <= 16 * 2**20 for piece in pieces)
+    for stage in STAGES:
+        data = b"".join(piece.read_bytes() for piece in pieces if piece.name.startswith(stage))
         subprocess.run(["tar", "x"], input=data, cwd=folder / "results", check=True)  # as gpu.sh says
     return folder / "results"
 
 
-def test_the_dry_run_leaves_every_result(results):
-    reports = {str(p.relative_to(results)) for p in results.rglob("*test.json")}
-    lists = ("test", "new_test")
-    expected = {f"small/small/{x}.json" for x in lists} | {f"longer/small-longer/{x}.json" for x in lists}
-    for kind in ("few", "all"):
-        expected |= {f"reference/{kind}-40/{x}.json" for x in lists}
-        expected |= {f"longer/{kind}-150/{x}.json" for x in lists}
-    assert reports == expected
+def test_the_dry_run_scores_every_list(results):
+    folders = [
+        "small/small",
+        "longer/small-longer",
+        "reference/few-40",
+        "reference/all-40",
+        "longer/few-150",
+        "longer/all-150",
+    ]
+    expected = {f"{folder}/{name}.json" for folder in folders for name in LISTS}
+    assert {path.relative_to(results).as_posix() for path in results.rglob("*test.json")} == expected
     for name in expected:
         report = json.loads((results / name).read_text())
         assert report["seconds"] > 0 and (results / name).with_suffix(".png").stat().st_size > 1000
     assert (results / "small" / "small" / "unseen.json").exists()
+
+
+def test_the_dry_run_leaves_strips_curves_and_weights(results):
     for strip in ("small/small/process.png", "reference/few-40/process.png"):
         assert (results / strip).stat().st_size > 5000
-    assert (results / "small" / "small" / "weights" / "metadata.json").exists()
     for curve in ("small/small.png", "reference/reference.png", "longer/small-longer.png"):
         assert (results / curve).stat().st_size > 5000
+    assert (results / "small" / "small" / "weights" / "metadata.json").exists()
 
 
 def test_the_bench_prints_every_ratio(results):

@@ -1,4 +1,4 @@
-"""The judge: the lab's interface, what it refuses, and that the shipped one can judge."""
+"""The evaluator: the lab's interface, what it refuses, and how well the one that ships judges."""
 
 import json
 import pickle
@@ -37,11 +37,12 @@ def judge():
     return evaluation_model(SHIPPED, "cpu")
 
 
-def test_interface(judge):
+def test_the_interface_is_the_labs(judge):
     assert judge.classnum == 24 and isinstance(judge.resnet18.fc[1], torch.nn.Sigmoid)
     checkpoint = torch.load(SHIPPED, weights_only=True)
     assert checkpoint["model"]["fc.0.weight"].shape == (24, 512)
-    images, labels = torch.rand(5, 3, 64, 64) * 2 - 1, torch.eye(24)[:5]
+    images = torch.rand(5, 3, 64, 64) * 2 - 1
+    labels = torch.eye(24)[:5]
     accuracy = judge.eval(images, labels)
     assert isinstance(accuracy, float) and accuracy == lab_accuracy(judge.resnet18(images), labels)
     images.requires_grad_()
@@ -55,9 +56,8 @@ def test_accuracy_is_micro_top_k(judge):
         out = torch.rand(16, 24, generator=generator)
         labels = torch.zeros(16, 24)
         for row in labels:
-            row[
-                torch.randperm(24, generator=generator)[: int(torch.randint(1, 4, (1,), generator=generator))]
-            ] = 1
+            count = int(torch.randint(1, 4, (1,), generator=generator))
+            row[torch.randperm(24, generator=generator)[:count]] = 1
         assert judge.compute_acc(out, labels) == pytest.approx(lab_accuracy(out, labels))
 
 
@@ -77,13 +77,12 @@ def test_unusable_images_are_refused(judge):
         bad[0] = value
         with pytest.raises(ValueError, match="expected"), warnings.catch_warnings(action="ignore"):
             judge.eval(bad, labels)
-    shapes = ((3, 64, 64), (2, 1, 64, 64), (2, 64, 64, 3), (2, 3, 0, 64))
-    of_no_use = [
-        torch.zeros(2, 3, 64, 64, dtype=dtype) for dtype in (torch.uint8, torch.long, torch.complex64)
-    ]
-    for images in (*of_no_use, *(torch.zeros(shape) for shape in shapes)):
+    for dtype in (torch.uint8, torch.long, torch.complex64):
         with pytest.raises(ValueError, match="expected"):
-            judge.eval(images, labels)
+            judge.eval(torch.zeros(2, 3, 64, 64, dtype=dtype), labels)
+    for shape in ((3, 64, 64), (2, 1, 64, 64), (2, 64, 64, 3), (2, 3, 0, 64)):
+        with pytest.raises(ValueError, match="expected"):
+            judge.eval(torch.zeros(shape), labels)
     with pytest.raises(ValueError, match="expected uint8"):
         judge.judge(torch.zeros(2, 3, 64, 64))
 
@@ -99,7 +98,8 @@ def test_unusable_labels_are_refused(judge):
 
 
 def test_nothing_to_score_is_said(judge):
-    images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, 24)
+    images = torch.zeros(2, 3, 64, 64)
+    labels = torch.zeros(2, 24)
     for some in (images, images.half()[:0]):
         with pytest.raises(ValueError, match="nothing to score"):
             judge.eval(some, labels[: len(some)])
@@ -111,7 +111,7 @@ def test_nothing_to_score_is_said(judge):
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
-def test_types_make_no_difference(judge, dtype):
+def test_the_types_of_images_and_labels_make_no_difference(judge, dtype):
     generator = torch.Generator().manual_seed(0)
     images = (torch.rand(4, 3, 64, 64, generator=generator) * 2 - 1).to(dtype)
     labels = torch.eye(24)[:4]
@@ -124,6 +124,7 @@ def test_types_make_no_difference(judge, dtype):
     assert judge.compute_acc(torch.ones(40, 24, dtype=dtype), torch.ones(40, 24, dtype=dtype)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell a process's peak")
 def test_many_images_need_little_memory(run):
     """They are judged some at a time: in one go 2,000 would take 2 GB."""
@@ -150,9 +151,11 @@ def test_unclamped_images_are_warned_about_once():
         judge.eval(torch.randn(1, 3, 64, 64) * 1000, torch.eye(24)[:1])  # as early in training
 
 
+@pytest.mark.slow
 def test_another_scale_or_size_is_warned_about_once():
     generator = torch.Generator().manual_seed(0)
-    unit, label = torch.rand(2, 3, 64, 64, generator=generator), torch.eye(24)[:2]
+    unit = torch.rand(2, 3, 64, 64, generator=generator)
+    label = torch.eye(24)[:2]
     wide = torch.rand(2, 3, 240, 320, generator=generator) * 2 - 1
     kinds = {
         r"look like \[0, 1\].*images \* 2 - 1": unit,
@@ -175,7 +178,8 @@ def test_another_scale_or_size_is_warned_about_once():
 
 
 def test_images_as_they_should_be_are_not_warned_about():
-    judge, label = evaluation_model(SHIPPED, "cpu"), torch.eye(24)[:1]
+    judge = evaluation_model(SHIPPED, "cpu")
+    label = torch.eye(24)[:1]
     with warnings.catch_warnings(action="error"):
         for low, high in ((-1, 1), (-1.05, 1.05), (-1, -0.5), (-0.1, 1)):
             judge.eval(torch.linspace(low, high, 3 * 64 * 64).view(1, 3, 64, 64), label)
@@ -199,20 +203,24 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             evaluation_model(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_the_labs_checkpoint_is_used_when_it_is_there(clone, run):
     """`evaluation_model()` as the lab's users call it, before and after checkpoint.pth drops in."""
     code = "from evaluator import evaluation_model; e = evaluation_model(); print(e.path.name, e.classnum)"
     assert run(clone, "-c", code).stdout.split() == ["evaluator.pth", "24"]
-    state = {k: v.float() if v.is_floating_point() else v for k, v in torch.load(SHIPPED)["model"].items()}
+    state = torch.load(SHIPPED)["model"]
+    state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
     torch.save({"model": state}, clone / "checkpoint.pth")
     assert run(clone, "-c", code).stdout.split() == ["checkpoint.pth", "24"]
 
 
+@pytest.mark.slow
 def test_shipped_weights_know_the_pictures_that_ship(judge, tmp_path, capsys):
     """Of their scenes none was trained on. Every 24th scene; the whole is in docs/evaluator.md."""
     data = ICLEVRDataset(PACK, ROOT / "train.json", load_objects())
     some = torch.arange(len(data)).view(-1, 3)[::24].flatten()
-    images, labels = to_float(data.images[some]), data.labels[some]
+    images = to_float(data.images[some])
+    labels = data.labels[some]
     seen = judge.probabilities(images)
     assert judge.compute_acc(seen, labels) >= 0.997
     assert judge.exact_set(seen, labels) >= 0.985
@@ -224,15 +232,13 @@ def test_shipped_weights_know_the_pictures_that_ship(judge, tmp_path, capsys):
     (tmp_path / "labels.json").write_text(json.dumps([data.conditions[i] for i in some[:6]]))
     capsys.readouterr()
     evaluator.main([str(tmp_path), "--weights", str(SHIPPED)])  # labels.json beside the pictures
-    accuracy, exact = (
-        judge.eval(images[:6], labels[:6]),
-        judge.exact_set(judge.probabilities(images[:6]), labels[:6]),
-    )
+    accuracy = judge.eval(images[:6], labels[:6])
+    exact = judge.exact_set(judge.probabilities(images[:6]), labels[:6])
     assert capsys.readouterr().out.splitlines()[-1] == f"accuracy: {accuracy:.4f}, exact set: {exact:.4f}"
 
 
 @pytest.mark.parametrize(("absent", "middle"), [(0.3, 0.5), (0.6, 0.65)])
-def test_threshold_is_the_middle_of_the_best(absent, middle):
+def test_the_threshold_is_the_middle_of_the_best_ones(absent, middle):
     probabilities = torch.tensor([[0.9, absent], [0.8, 0.7]])
     threshold = evaluator.fit_threshold(probabilities, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     assert threshold == pytest.approx(middle, abs=0.02)
@@ -247,6 +253,7 @@ def test_soften_blurs_and_adds_noise():
     assert 0.2 < soft[..., 31].mean() < 0.8  # 0.6 pixels: a fifth of the pixel's weight is across the edge
 
 
+@pytest.mark.slow
 def test_training_writes_weights_that_load(pictures, tmp_path, capsys):
     out = tmp_path / "new" / "evaluator.pth"
     argv = [pictures, "--labels", ROOT / "train.json", "--train", "--epochs", 2, "--out", out]

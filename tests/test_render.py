@@ -30,6 +30,12 @@ def sets(path):
     return [frozenset(c) for c in load_conditions(path, load_objects())]
 
 
+def pixels(path):
+    """The numbers [H, W, 3] of a picture, which may be subtracted."""
+    return np.array(Image.open(path)).astype(int)
+
+
+@pytest.mark.slow
 def test_label_files_are_what_the_command_makes(tmp_path):
     render.main(["--make-labels", "--seed", "0", "--out", str(tmp_path)])
     made = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -56,9 +62,11 @@ def test_train_labels_have_the_official_statistics():
     assert 100 < math.comb(24, 3) - len({frozenset(c) for c in triples}) < 180  # never shown
 
 
-def test_test_lists_have_the_official_make_up():
+def test_the_test_lists_have_the_official_numbers_of_objects_and_colors():
     in_train = {frozenset(c) for c in load_labels(ROOT / "train.json", load_objects()).values()}
-    test, new_test, validation = (sets(ROOT / f"{n}.json") for n in ("test", "new_test", "validation"))
+    test = sets(ROOT / "test.json")
+    new_test = sets(ROOT / "new_test.json")
+    validation = sets(ROOT / "validation.json")
     assert kinds(ROOT / "test.json") == {(1, 1): 6, (2, 2): 12, (3, 3): 11, (3, 2): 3}
     assert kinds(ROOT / "new_test.json") == {(2, 1): 9, (2, 2): 3, (3, 1): 3, (3, 2): 16, (3, 3): 1}
     assert sum(s in in_train for s in test) == 31 and all(s in in_train for s in new_test)
@@ -68,20 +76,22 @@ def test_test_lists_have_the_official_make_up():
 
 
 @pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the lab's label files are not here")
-def test_ours_are_made_like_the_official_ones():
+def test_our_lists_have_the_make_up_of_the_official_ones():
     for name in ("test.json", "new_test.json"):
         assert kinds(OFFICIAL / name) == kinds(ROOT / name)
         assert not set(sets(OFFICIAL / name)) >= set(sets(ROOT / name))  # the project's own draws
     assert load_objects(OFFICIAL / "objects.json") == load_objects()
 
 
+@pytest.mark.slow
 def test_labels_are_never_overwritten(tmp_path, refused):
     (tmp_path / "train.json").write_text("{}")
     refused(render.main, ["--make-labels", "--out", tmp_path], tmp_path / "train.json")
     assert [p.name for p in tmp_path.iterdir()] == ["train.json"]
 
 
-def test_same_bytes_for_any_number_of_workers_and_after_a_stop(pictures, tmp_path):
+@pytest.mark.slow
+def test_bytes_are_the_same_for_any_number_of_workers_and_after_a_stop(pictures, tmp_path):
     render.main(["--limit", "2", "--workers", "2", "--out", str(tmp_path / "a")])
     files = sorted(p.name for p in (tmp_path / "a").glob("*.png"))
     assert len(files) == 6
@@ -99,7 +109,8 @@ def test_same_bytes_for_any_number_of_workers_and_after_a_stop(pictures, tmp_pat
     while len(list((tmp_path / "a").glob("*.png"))) == 6 and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
-    assert "the same command goes on" in process.communicate(timeout=60)[1] and process.returncode == 130
+    _, errors = process.communicate(timeout=60)
+    assert "the same command goes on" in errors and process.returncode == 130
     render.main(["--limit", "4", "--out", str(tmp_path / "a")])
     for path in pictures.glob("*.png"):
         assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
@@ -118,12 +129,9 @@ def test_folders_of_others_are_left_alone(pictures, tmp_path, refused):
     refused(render.main, ["--limit", "1", "--out", tmp_path / "mine"], tmp_path / "mine", "did not make")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["holiday.png"]
     shutil.copytree(pictures, tmp_path / "ours")
-    refused(
-        render.main, ["--limit", "5", "--seed", "1", "--out", tmp_path / "ours"], "manifest.json", "options"
-    )
-    labels = {
-        f: c for f, c in load_labels(ROOT / "train.json", load_objects()).items() if f.endswith("_0.png")
-    }
+    refused(render.main, ["--limit", "5", "--seed", "1", "--out", tmp_path / "ours"], "manifest.json", "options")
+    all_labels = load_labels(ROOT / "train.json", load_objects())
+    labels = {filename: condition for filename, condition in all_labels.items() if filename.endswith("_0.png")}
     (tmp_path / "singles.json").write_text(json.dumps(labels))
     argv = ["--labels", tmp_path / "singles.json", "--out", tmp_path / "ours"]
     refused(render.main, argv, "manifest.json", "labels_sha256")
@@ -141,7 +149,9 @@ def test_steps_of_a_scene_share_ground_and_add_one_object(pictures):
     labels = load_labels(ROOT / "train.json", load_objects())
     names = list(labels)[:12]
     for i in range(0, 12, 3):
-        one, two, three = (np.array(Image.open(pictures / n)).astype(int) for n in names[i : i + 3])
+        one = pixels(pictures / names[i])
+        two = pixels(pictures / names[i + 1])
+        three = pixels(pictures / names[i + 2])
         assert one.shape == (64, 64, 3)
         for before, after in ((one, two), (two, three)):
             changed = np.abs(after - before).max(-1) > 12
@@ -163,6 +173,7 @@ def test_colors_are_those_of_the_label(pictures):
         assert nearest == labels[name][0].split()[0], (name, center)
 
 
+@pytest.mark.slow
 def test_placement_keeps_the_rules():
     renderer = render.Renderer("64x64", 1, 0)
     for i in range(12):
@@ -174,11 +185,12 @@ def test_placement_keeps_the_rules():
         assert gaps.min() >= 2.45
         jitter = [lamps[n] - render.LAMPS[n][0] for n in lamps]
         assert 0 < np.abs(jitter).max() <= 1
-    assert renderer.layout("scene_3", ["red cube"])[1]["key"] == pytest.approx(
-        renderer.layout("scene_3", ["blue cube"])[1]["key"]
-    )
+    _, lamps, _ = renderer.layout("scene_3", ["red cube"])
+    _, lamps_of_others, _ = renderer.layout("scene_3", ["blue cube"])
+    assert lamps["key"] == pytest.approx(lamps_of_others["key"])
 
 
+@pytest.mark.slow
 def test_visibility_tells_objects_of_one_colour_apart():
     """Mitsuba merges meshes that share a material unless it is told not to: then none of them is counted."""
     renderer = render.Renderer("64x64", 1, 0)
@@ -187,28 +199,37 @@ def test_visibility_tells_objects_of_one_colour_apart():
     assert names == {"ground", *(f"object{i}" for i in range(5))}
 
 
+@pytest.mark.slow
 def test_ground_is_free_of_noise():
     """The default's light paths against 400: the goals of the project, in grey levels."""
-    few, many = render.Renderer("64x64", render.SAMPLES, 0), render.Renderer("64x64", 400, 0)
-    name, objects = "CLEVR_train_000000", ["red cube", "gray sphere", "yellow cylinder"]
-    a, b = (np.array(r.pictures(name, objects, [3])[0]).astype(float) for r in (few, many))
-    empty = np.array(many.pictures(name, objects, [0])[0]).astype(float)
-    is_object = np.abs(b - empty).max(-1) > 25
-    is_ground = np.abs(b - empty).max(-1) < 4
+    few = render.Renderer("64x64", render.SAMPLES, 0)
+    many = render.Renderer("64x64", 400, 0)
+
+    def picture(renderer, count):
+        objects = ["red cube", "gray sphere", "yellow cylinder"]
+        [image] = renderer.pictures("CLEVR_train_000000", objects, [count])
+        return np.array(image).astype(float)
+
+    ours = picture(few, 3)
+    exact = picture(many, 3)
+    empty = picture(many, 0)
+    is_object = np.abs(exact - empty).max(-1) > 25
+    is_ground = np.abs(exact - empty).max(-1) < 4
     assert is_object.sum() > 150 and is_ground.sum() > 2500
-    assert (a - b)[is_ground].std() < 0.7
-    assert (a - b)[is_object].std() < 2
+    assert (ours - exact)[is_ground].std() < 0.7
+    assert (ours - exact)[is_object].std() < 2
 
 
-def test_original_size_and_more_objects(tmp_path):
+@pytest.mark.slow
+def test_five_objects_are_rendered_in_the_original_size(tmp_path):
     labels = {"CLEVR_x_000000_4.png": ["red cube", "blue cube", "cyan sphere", "gray cylinder", "red sphere"]}
     (tmp_path / "labels.json").write_text(json.dumps(labels))
-    render.main(
-        ["--labels", str(tmp_path / "labels.json"), "--size", "320x240", "--out", str(tmp_path / "out")]
-    )
-    assert Image.open(tmp_path / "out" / "CLEVR_x_000000_4.png").size == (320, 240)
+    out = tmp_path / "out"
+    render.main(["--labels", str(tmp_path / "labels.json"), "--size", "320x240", "--out", str(out)])
+    assert Image.open(out / "CLEVR_x_000000_4.png").size == (320, 240)
 
 
+@pytest.mark.slow
 def test_random_scenes_come_with_their_labels(tmp_path):
     render.main(["--random-scenes", "2", "--seed", "5", "--out", str(tmp_path)])
     labels = load_labels(tmp_path / "labels.json", load_objects())

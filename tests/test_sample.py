@@ -1,31 +1,30 @@
-"""sample.py with the weights that ship, and what it says about others."""
+"""sample.py with the weights that ship: lists in, pictures and scores out."""
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import LAUNCH, ROOT, TINY
+from conftest import LAUNCH, ROOT, SHIPPED, TINY
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import checkpoint
 import diffusion
 import evaluator
 import sample
 import train
 from checkpoint import load_weights
-from data.pack import PACK
-from dataset import ICLEVRDataset, read_pictures, to_float
-from labels import load_conditions, load_objects, mistaken_labels, multi_hot, twin_labels
-from model import build
-from options import SAMPLERS
+from dataset import read_pictures, to_float
+from labels import labels_with_one_mistake, load_conditions, load_objects, multi_hot
 
-SHIPPED = ROOT / "weights" / "small"
 FP32 = ("--mixed-precision", "no")  # where pictures are compared: some processors would choose bf16
 
 
 @pytest.fixture
-def conditions(tmp_path):
+def conditions(tmp_path) -> Path:
     """Six conditions in a file of their own."""
     chosen = load_conditions(ROOT / "validation.json", load_objects())[::11]
     path = tmp_path / "six.json"
@@ -33,17 +32,32 @@ def conditions(tmp_path):
     return path
 
 
+def paint(*argv):
+    """What `python sample.py` does with these options."""
+    sample.main([str(option) for option in argv])
+
+
+def pixels(path: Path) -> np.ndarray:
+    """The numbers [H, W, 3] of a picture, which may be subtracted."""
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def report_of(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+# ------------------------------------------------------------------------------------------------ one command
+
+
+@pytest.mark.slow
 def test_a_fresh_clone_gives_an_accuracy_and_a_grid(clone, run):
     """The README's first command, installing aside, and the same digits from the folder it writes."""
     process = run(clone, "sample.py", "--mode", "test")
     assert process.returncode == 0, process.stderr
     loading, first, *_, last = process.stdout.splitlines()
-    assert (
-        loading == "sample.py: loading PyTorch"
-        and first.startswith("weights: ")
-        and "weights/small (small, trained on " in first
-    )
-    report = json.loads((clone / "images" / "test.json").read_text())
+    assert loading == "sample.py: loading PyTorch"
+    assert first.startswith("weights: ") and "weights/small (small, trained on " in first
+    report = report_of(clone / "images" / "test.json")
     assert last == f"accuracy: {report['accuracy']:.4f}, exact set: {report['exact_set']:.4f}"
     assert report["steps"] > 1 and report["seed"] == 0
     files = sorted((clone / "images" / "test").iterdir(), key=lambda p: int(p.stem))
@@ -55,261 +69,195 @@ def test_a_fresh_clone_gives_an_accuracy_and_a_grid(clone, run):
     assert process.stdout.splitlines()[-1] == last
 
 
-def test_pictures_do_not_depend_on_the_batch(tmp_path, conditions, capsys):
-    """Nor on how many there are: each has a seed of its own."""
-    for size in (1, 4):
-        argv = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, "--batch-size", size, *FP32]
-        argv += ["--out", tmp_path / str(size)]
-        sample.main(list(map(str, argv)))
-    for i in range(6):
-        one, four = (np.array(Image.open(tmp_path / n / "six" / f"{i}.png")).astype(int) for n in "14")
-        assert np.abs(one - four).max() <= 1
-    first = np.array(Image.open(tmp_path / "1" / "six" / "0.png")).astype(int)
-    assert np.abs(first - one).max() > 10  # the last one is another picture
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samplers_stay_in_range_and_repeat(sampler):
-    model, noise_scheduler, _ = load_weights(SHIPPED)
-    labels = multi_hot([["red cube"], ["cyan sphere", "gray cylinder"]], load_objects())
-    a, b = (
-        diffusion.generate(model.eval(), noise_scheduler, labels, [5, 6], sampler, 8, 2.0) for _ in range(2)
-    )
-    assert torch.equal(a, b) and a.abs().max() <= 1
-    assert a.std() > 0.05
-
-
-def test_more_steps_of_ddim_are_no_worse():
-    """Noise and picture of a step have to belong together, also where guidance makes it clamp a lot."""
-    model, noise_scheduler, metadata = load_weights(SHIPPED)
-    chosen, objects = load_conditions(ROOT / "validation.json", load_objects())[-4:], load_objects()
-    labels = multi_hot(chosen, objects)
-    options = metadata["sampling"] | {"sampler": "ddim", "negative_scale": 0.0}
-    options["guidance_interval"] = (0, 1000)
-    pictures = [
-        diffusion.generate(
-            model.eval(), noise_scheduler, labels, list(range(4)), **options | {"steps": steps}
-        )
-        for steps in (10, 40)
-    ]
-    judge = evaluator.evaluation_model(ROOT / "weights" / "evaluator.pth", "cpu")
-    few, many = (judge.eval(images, labels) for images in pictures)
-    assert many >= few - 0.1  # it fell from 0.92 to 0.71
-    assert (pictures[0] - pictures[1]).abs().mean() < 0.015  # the same pictures, nearly; it was 0.023
-
-
-def test_options_override_and_are_stored(tmp_path, conditions, capsys):
-    argv = ["--mode", str(conditions), "--weights", str(SHIPPED), "--out", str(tmp_path / "out")]
-    argv += ["--sampler", "ddim"]
-    sample.main([*argv, "--steps", "3", "--guidance-scale", "1", "--seed", "9"])
-    report = json.loads((tmp_path / "out" / "six.json").read_text())
-    assert [report[k] for k in ("sampler", "steps", "guidance_scale", "seed")] == ["ddim", 3, 1.0, 9]
-    assert report["labels"] == "six.json" and report["pictures_seen"] > 10000
-
-
-def test_several_seeds_are_single_runs_put_together(tmp_path, conditions, capsys):
-    argv = ["--mode", conditions, "--weights", SHIPPED, "--out", tmp_path / "out", "--steps", 5]
-    single = []
-    for more in (["--seed", 3], ["--seed", 4], ["--seed", 3, "--seeds", 2]):
-        sample.main(list(map(str, [*argv, *more, "--overwrite"])))
-        single.append(json.loads((tmp_path / "out" / "six.json").read_text()))
-    assert single[2]["accuracies"] == [single[0]["accuracy"], single[1]["accuracy"]]
-    assert (
-        f"{np.mean(single[2]['accuracies']):.4f} (mean of 2 seeds" in capsys.readouterr().out.splitlines()[-1]
-    )
-
-
-def test_a_run_is_found_and_its_youth_told(clone, pictures, run, conditions):
+@pytest.mark.slow
+def test_the_newest_run_is_found_and_one_that_is_young_is_told(clone, pictures, run, conditions):
     shutil.copy(conditions, clone / "six.json")
     train.main([*TINY, "--data", str(pictures), "--out", str(clone / "runs" / "young"), "--max-steps", "1"])
     process = run(clone, "sample.py", "--mode", "six.json", "--steps", 2)
     first = process.stdout.splitlines()[1]
-    assert first.startswith(
-        "weights: runs/young/checkpoint-0000001 (small, trained on 4 pictures, less than one epoch"
-    )
+    assert first.startswith("weights: runs/young/checkpoint-0000001 (small, trained on 4 pictures, less than one epoch")
     assert "weights/small" in first
     assert len(list((clone / "images" / "six").iterdir())) == 6
 
 
-def test_two_processes_paint_what_one_does(tmp_path, conditions, run):
-    """Eleven pictures of a list of six, each with its own condition and seed."""
-    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, *FP32, "--num-images"]
-    process = run(ROOT, *LAUNCH, "sample.py", *common, 11, "--batch-size", 2, "--out", tmp_path / "two")
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "setup: cpu, 2 processes, fp32" in process.stdout
-    sample.main(list(map(str, [*common, 11, "--out", tmp_path / "one"])))
-    reports = [json.loads((tmp_path / name / "six.json").read_text()) for name in ("one", "two")]
-    assert len(reports[0]["accuracies"]) == 1 and reports[0]["num_images"] == 11
-    for i in range(11):
-        one, two = (
-            np.array(Image.open(tmp_path / n / "six" / f"{i}.png")).astype(int) for n in ("one", "two")
-        )
-        assert np.abs(one - two).max() <= 1
-
-
-def test_all_lists_of_a_command_are_one_queue(tmp_path, conditions, capsys):
-    """Two lists and a strip, in batches of four that go across them, are those painted apart."""
-    second = tmp_path / "five.json"
-    second.write_text(json.dumps(load_conditions(conditions, load_objects())[1:]))
-    common = ["--weights", SHIPPED, "--steps", 4, "--batch-size", 4, *FP32, "--out"]
-    sample.main(list(map(str, ["--mode", conditions, second, "process", *common, tmp_path / "one"])))
-    for mode in (conditions, second, "process"):
-        sample.main(list(map(str, ["--mode", mode, *common, tmp_path / "apart"])))
-    names = [f"six/{i}.png" for i in range(6)] + [f"five/{i}.png" for i in range(5)] + ["process.png"]
-    for name in names:
-        one, two = (np.array(Image.open(tmp_path / n / name)).astype(int) for n in ("one", "apart"))
-        assert np.abs(one - two).max() <= 1
-    for name in ("six", "five"):
-        one, two = (json.loads((tmp_path / n / f"{name}.json").read_text()) for n in ("one", "apart"))
-        assert one["accuracies"] == two["accuracies"] and one["painted"] == two["painted"]
-
-
-def test_guidance_outside_of_the_interval_is_none():
-    model, noise_scheduler, _ = load_weights(SHIPPED)
-    labels = multi_hot([["red cube"]], load_objects())
-    passes = []
-
-    def network(images, timesteps, labels):
-        passes.append((int(timesteps[0]), len(images)))
-        return model(images, timesteps, labels)
-
-    def paint(*guidance):
-        return diffusion.generate(network, noise_scheduler, labels, [5], "ddim", 8, *guidance)
-
-    never, none, always, whole = paint(3.0, (2, 3)), paint(1.0), paint(3.0), paint(3.0, (0, 1000))
-    assert torch.equal(never, none) and torch.equal(always, whole) and not torch.equal(none, whole)
-    passes.clear()
-    paint(3.0, (200, 700))
-    assert [count for t, count in passes] == [2 if 200 <= t <= 700 else 1 for t, _ in passes]
-    assert {count for _, count in passes} == {1, 2}
-
-
-def test_negative_labels_change_pairs_of_a_colour_alone():
-    model, noise_scheduler, _ = load_weights(SHIPPED)
-    conditions, objects = [["red cube", "blue sphere"], ["red cube", "red sphere"]], load_objects()
-    labels, negatives = multi_hot(conditions, objects), [twin_labels(c, objects) for c in conditions]
-    passes = []
-
-    def network(images, timesteps, labels):
-        passes.append((int(timesteps[0]), len(images)))
-        return model(images, timesteps, labels)
-
-    def paint(*some):
-        return diffusion.generate(
-            network, noise_scheduler, labels, [5, 6], "ddim", 8, 2.0, (0, 1000), negatives, *some
-        )
-
-    plain, pushed, never = paint(), paint(4.0, (300, 800)), paint(4.0, (2, 3))
-    assert torch.equal(plain, never)
-    torch.testing.assert_close(plain[0], pushed[0], atol=1e-3, rtol=0)
-    assert (plain[1] - pushed[1]).abs().max() > 0.1
-    passes.clear()
-    paint(4.0, (300, 800))
-    guided = [t for t, count in passes if count == 4]
-    assert passes == [(t, count) for t in guided for count in ([4, 2] if 300 <= t <= 800 else [4])]
-
-
-def test_only_the_nearest_negative_label_counts():
-    noise_scheduler = build("small")[1]
-    labels = torch.zeros(1, 24)
-    near, far = torch.full((1, 24), 0.01), torch.full((1, 24), 0.02)
-
-    def network(images, timesteps, labels):
-        return labels.sum(1).view(-1, 1, 1, 1) + images  # the further the label, the further the prediction
-
-    def paint(*negatives):
-        options = {"negative_labels": [torch.cat(negatives)], "negative_scale": 2.0}
-        return diffusion.generate(network, noise_scheduler, labels, [5], "ddim", 4, 1.0, **options)
-
-    assert torch.equal(paint(near), paint(far, near)) and not torch.equal(paint(near), paint(far))
-
-
-def test_lift_tells_right_labels_from_mistaken_ones():
-    """On training pictures; also with a mistake for the label and the label for a mistake."""
-    model, noise_scheduler, _ = load_weights(SHIPPED)
-    data = ICLEVRDataset(PACK, ROOT / "train.json", load_objects())
-    images, labels = to_float(data.images[:12]), data.labels[:12]
-    mistakes = [mistaken_labels(condition, data.objects) for condition in data.conditions[:12]]
-    lifts = diffusion.lift(model.eval(), noise_scheduler, images, labels, mistakes)
-    nothing = diffusion.lift(model, noise_scheduler, images, labels, [torch.zeros(1, 24)] * 12)
-    assert (lifts > 0).float().mean() >= 0.9 and (nothing > 0).all()
-    first = torch.stack([mistake[0] for mistake in mistakes])
-    swapped = diffusion.lift(model, noise_scheduler, images, first, list(labels.split(1)))
-    assert (swapped < 0).float().mean() >= 0.9
-
-
-def test_best_of_keeps_one_of_the_candidates_and_the_better_one(tmp_path, conditions, capsys):
-    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, "--guidance-scale", 2, "--out"]
-    sample.main(list(map(str, [*common, tmp_path / "one"])))
-    sample.main(list(map(str, [*common, tmp_path / "best", "--best-of", 2])))
-    one, best = (to_float(read_pictures(tmp_path / name / "six", 6)) for name in ("one", "best"))
-    kept = (one - best).abs().amax((1, 2, 3)) < 0.02
-    assert 0 < kept.sum() < 6  # some first candidates were the best, others not
-    model, noise_scheduler, _ = load_weights(SHIPPED)
-    chosen, objects = load_conditions(conditions, load_objects()), load_objects()
-    mistakes = [mistaken_labels(condition, objects) for condition in chosen]
-    before, after = (
-        diffusion.lift(model.eval(), noise_scheduler, images, multi_hot(chosen, objects), mistakes)
-        for images in (one, best)
-    )
-    assert (after[~kept] > before[~kept]).all()
-    assert json.loads((tmp_path / "best" / "six.json").read_text())["best_of"] == 2
-
-
-def test_the_evaluator_steers_and_is_told(tmp_path, conditions, capsys):
-    """Without labels in the network's guidance, so that there is something to mend."""
-    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 8, "--guidance-scale", 0, "--out"]
-    scores = []
-    for scale in (0, 10):
-        sample.main(list(map(str, [*common, tmp_path / str(scale), "--evaluator-scale", scale])))
-        scores.append(json.loads((tmp_path / str(scale) / "six.json").read_text())["accuracy"])
-        last = capsys.readouterr().out.splitlines()[-1]
-        assert last.endswith("guided by the evaluator: no measure of the model") == (scale > 0)
-    assert scores[1] > scores[0] + 0.2
-
-
-def test_what_a_lab_asks_for_in_one_command(tmp_path, conditions, capsys):
+@pytest.mark.slow
+def test_one_command_gives_a_lab_its_list_its_score_and_the_strip_from_noise_to_picture(tmp_path, conditions, capsys):
     out = tmp_path / "out"
-    argv = ["--mode", conditions, "process", "--weights", SHIPPED, "--out", out, "--steps", 12]
-    sample.main(list(map(str, argv)))
+    common = ["--weights", SHIPPED, "--out", out, "--steps", 12]
+    paint("--mode", conditions, "process", *common)
     printed = capsys.readouterr().out
     assert f"process: {out}/process.png, red sphere, cyan cylinder, cyan cube" in printed
     assert "accuracy: " in printed and (out / "six.png").exists()
-    strip = np.asarray(Image.open(out / "process.png")).astype(float)
+    strip = pixels(out / "process.png").astype(float)
     assert strip.shape == (64 + 4, 10 * 66 + 2, 3)
     frames = [strip[2:-2, 2 + 66 * i : 66 * (i + 1)] for i in range(10)]
     roughness = [np.abs(np.diff(frame, axis=0)).mean() for frame in frames]  # of neighbouring pixels
     assert roughness == sorted(roughness, reverse=True) and roughness[0] > 50 and roughness[-1] < 10
-    argv = ["--mode", "process", *argv[3:], "--objects", "red sphere", "cyan cube", "--overwrite"]
-    sample.main(list(map(str, argv)))
-    other = np.asarray(Image.open(out / "process.png")).astype(float)
+
+    paint("--mode", "process", *common, "--objects", "red sphere", "cyan cube", "--overwrite")
+    other = pixels(out / "process.png").astype(float)
     assert np.abs(other - strip)[:, :66].max() == 0 and np.abs(other - strip)[:, -66:].max() > 50
 
 
+@pytest.mark.slow
+def test_options_override_those_of_the_weights_and_are_stored(tmp_path, conditions, capsys):
+    common = ["--mode", conditions, "--weights", SHIPPED, "--out", tmp_path / "out"]
+    paint(*common, "--sampler", "ddim", "--steps", 3, "--guidance-scale", 1, "--seed", 9)
+    report = report_of(tmp_path / "out" / "six.json")
+    assert [report[k] for k in ("sampler", "steps", "guidance_scale", "seed")] == ["ddim", 3, 1.0, 9]
+    assert report["labels"] == "six.json" and report["pictures_seen"] > 10000
+
+
+@pytest.mark.slow
 def test_unseen_triples_come_from_the_weights(tmp_path, capsys):
-    argv = ["--mode", "unseen", "--weights", SHIPPED, "--out", tmp_path, "--steps", 2, "--num-images", 3]
-    sample.main(list(map(str, argv)))
+    paint("--mode", "unseen", "--weights", SHIPPED, "--out", tmp_path, "--steps", 2, "--num-images", 3)
     assert len(list((tmp_path / "unseen").iterdir())) == 3
-    assert json.loads((tmp_path / "unseen.json").read_text())["labels"] == "unseen"
+    assert report_of(tmp_path / "unseen.json")["labels"] == "unseen"
 
 
-def test_mistakes_are_one_line(tmp_path, refused):
+@pytest.mark.slow
+def test_a_mistake_in_the_options_is_one_line(tmp_path, refused):
     refused(sample.main, ["--mode", "nowhere.json"], "nowhere.json: no such file")
     refused(sample.main, ["--mode", "test", "--weights", tmp_path], "metadata.json: no such file")
-    shutil.copytree(SHIPPED, old := tmp_path / "old")
-    metadata = json.loads((old / "metadata.json").read_text())
-    for unseen, words in (
-        ([], "does not tell"),
-        ([["red cone"]], "unseen, entry 0: unknown object 'red cone'"),
-    ):
-        (old / "metadata.json").write_text(json.dumps(metadata | {"unseen": unseen}))
-        refused(sample.main, ["--mode", "unseen", "--weights", old], old, words)
     refused(sample.main, ["--mode", "test", "--objects", "red cube"], "--objects is for --mode process")
-    refused(
-        sample.main, ["--mode", "process", "--objects", "red cone"], "--objects: unknown object 'red cone'"
-    )
+    words = "--objects: unknown object 'red cone'"
+    refused(sample.main, ["--mode", "process", "--objects", "red cone"], words)
     refused(sample.main, ["--mode", "test", ROOT / "test.json"], "two lists named test")
-    (tmp_path / "mine.json").write_text('[["red cube"]]')
     mine = tmp_path / "mine.json"
+    mine.write_text('[["red cube"]]')
     refused(sample.main, ["--mode", mine, "--weights", SHIPPED, "--out", tmp_path], mine, "no report of")
     refused(evaluator.main, [tmp_path, "--labels", ROOT / "test.json"], "0.png: no such picture")
+
+
+@pytest.mark.parametrize(
+    ("unseen", "words"), [([], "does not tell"), ([["red cone"]], "unseen, entry 0: unknown object 'red cone'")]
+)
+def test_weights_that_do_not_tell_their_unseen_triples_are_one_line(tmp_path, refused, unseen, words):
+    old = tmp_path / "old"
+    shutil.copytree(SHIPPED, old)
+    metadata = json.loads((old / "metadata.json").read_text())
+    (old / "metadata.json").write_text(json.dumps({**metadata, "unseen": unseen}))
+    refused(sample.main, ["--mode", "unseen", "--weights", old], old, words)
+
+
+def test_weights_that_give_no_finite_pictures_are_named_and_nothing_is_written(there, capsys, tried):
+    """Weights that are finite themselves. What was there stays."""
+    path = there / "weights" / checkpoint.WEIGHTS_NAME
+    argv = ["--mode", "list.json", "process", "--weights", "weights", "--out"]
+    sample.main([*argv, "old"])
+    before = {p: p.read_bytes() for p in (there / "old").rglob("*") if p.is_file()}
+    tensors = load_file(path)
+    tensors["class_embedding.weight"] = torch.full_like(tensors["class_embedding.weight"], 1e38)
+    save_file(tensors, path)
+    said = "error: weights: prediction not finite in step 1 of 3 (timestep 999); of these pictures none is"
+    for more in (["new"], ["old", "--overwrite"]):
+        with pytest.raises(SystemExit) as stop:
+            sample.main([*argv, *more])
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and line.startswith(said)
+    assert not (there / "new").exists()
+    assert {p: p.read_bytes() for p in (there / "old").rglob("*") if p.is_file()} == before
+    tried("weights that give pictures which are not finite", "exit 2: names weights and step; nothing is written")
+
+
+# --------------------------------------------------------------------------- the same pictures in another way
+
+
+@pytest.mark.slow
+def test_pictures_do_not_depend_on_their_batch(tmp_path, conditions, capsys):
+    """Nor on how many there are: each has a seed of its own."""
+    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, *FP32]
+    paint(*common, "--batch-size", 1, "--out", tmp_path / "1")
+    paint(*common, "--batch-size", 4, "--out", tmp_path / "4")
+    for i in range(6):
+        one = pixels(tmp_path / "1" / "six" / f"{i}.png")
+        four = pixels(tmp_path / "4" / "six" / f"{i}.png")
+        assert np.abs(one - four).max() <= 1
+    first = pixels(tmp_path / "1" / "six" / "0.png")
+    assert np.abs(first - one).max() > 10  # the last one is another picture
+
+
+@pytest.mark.slow
+def test_two_processes_paint_what_one_does(tmp_path, conditions, run):
+    """Eleven pictures of a list of six, each with its own condition and seed."""
+    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, *FP32, "--num-images", 11]
+    process = run(ROOT, *LAUNCH, "sample.py", *common, "--batch-size", 2, "--out", tmp_path / "two")
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "setup: cpu, 2 processes, fp32" in process.stdout
+    paint(*common, "--out", tmp_path / "one")
+    reports = [report_of(tmp_path / name / "six.json") for name in ("one", "two")]
+    assert len(reports[0]["accuracies"]) == 1 and reports[0]["num_images"] == 11
+    for i in range(11):
+        one = pixels(tmp_path / "one" / "six" / f"{i}.png")
+        two = pixels(tmp_path / "two" / "six" / f"{i}.png")
+        assert np.abs(one - two).max() <= 1
+
+
+@pytest.mark.slow
+def test_lists_painted_by_one_command_are_those_painted_apart(tmp_path, conditions, capsys):
+    """Two lists and a strip, in batches of four that go across them."""
+    second = tmp_path / "five.json"
+    second.write_text(json.dumps(load_conditions(conditions, load_objects())[1:]))
+    common = ["--weights", SHIPPED, "--steps", 4, "--batch-size", 4, *FP32, "--out"]
+    paint("--mode", conditions, second, "process", *common, tmp_path / "one")
+    for mode in (conditions, second, "process"):
+        paint("--mode", mode, *common, tmp_path / "apart")
+    names = [f"six/{i}.png" for i in range(6)] + [f"five/{i}.png" for i in range(5)] + ["process.png"]
+    for name in names:
+        one = pixels(tmp_path / "one" / name)
+        apart = pixels(tmp_path / "apart" / name)
+        assert np.abs(one - apart).max() <= 1
+    for name in ("six.json", "five.json"):
+        one = report_of(tmp_path / "one" / name)
+        apart = report_of(tmp_path / "apart" / name)
+        assert one["accuracies"] == apart["accuracies"] and one["painted"] == apart["painted"]
+
+
+@pytest.mark.slow
+def test_several_seeds_are_single_runs_put_together(tmp_path, conditions, capsys):
+    reports = []
+    for more in (["--seed", 3], ["--seed", 4], ["--seed", 3, "--seeds", 2]):
+        common = ["--mode", conditions, "--weights", SHIPPED, "--out", tmp_path / "out", "--steps", 5]
+        paint(*common, *more, "--overwrite")
+        reports.append(report_of(tmp_path / "out" / "six.json"))
+    accuracies = reports[2]["accuracies"]
+    assert accuracies == [reports[0]["accuracy"], reports[1]["accuracy"]]
+    assert f"{np.mean(accuracies):.4f} (mean of 2 seeds" in capsys.readouterr().out.splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------------------- better pictures
+
+
+@pytest.mark.slow
+def test_best_of_keeps_one_of_the_candidates_and_the_better_one(tmp_path, conditions, capsys):
+    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, "--guidance-scale", 2, "--out"]
+    paint(*common, tmp_path / "one")
+    paint(*common, tmp_path / "best", "--best-of", 2)
+    one = to_float(read_pictures(tmp_path / "one" / "six", 6))
+    best = to_float(read_pictures(tmp_path / "best" / "six", 6))
+    kept = (one - best).abs().amax((1, 2, 3)) < 0.02
+    assert 0 < kept.sum() < 6  # some first candidates were the best, others not
+
+    model, noise_scheduler, _ = load_weights(SHIPPED)
+    model.eval()
+    objects = load_objects()
+    chosen = load_conditions(conditions, objects)
+    labels = multi_hot(chosen, objects)
+    mistakes = [labels_with_one_mistake(condition, objects) for condition in chosen]
+    before = diffusion.likelihood_ratio(model, noise_scheduler, one, labels, mistakes)
+    after = diffusion.likelihood_ratio(model, noise_scheduler, best, labels, mistakes)
+    assert (after[~kept] > before[~kept]).all()
+    assert report_of(tmp_path / "best" / "six.json")["best_of"] == 2
+
+
+@pytest.mark.slow
+def test_guidance_by_the_evaluator_raises_the_score_and_is_told(tmp_path, conditions, capsys):
+    """Without labels in the network's guidance, so that there is something to mend."""
+    common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 8, "--guidance-scale", 0]
+    scores = []
+    for scale in (0, 10):
+        paint(*common, "--out", tmp_path / str(scale), "--evaluator-scale", scale)
+        scores.append(report_of(tmp_path / str(scale) / "six.json")["accuracy"])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.endswith("guided by the evaluator: no measure of the model") == (scale > 0)
+    assert scores[1] > scores[0] + 0.2

@@ -8,31 +8,44 @@ import pytest
 import torch
 from conftest import METADATA, ROOT, TINY
 
-import scoring
+import lab
 from evaluator import evaluation_model
 from infra.commands import InputError
 
 # In one process, as PyTorch takes long to load: each script's exit code is printed after what it said.
 ALL = """
 import json, sys
-import metrics, report, sample, train
+import sample, train
+from report import __main__ as report
+from report import metrics
+
+scripts = {"metrics": metrics, "report": report, "sample": sample, "train": train}
 for script, *argv in json.loads(sys.argv[1]):
     code = 0
     try:
-        sys.modules[script].main(argv)
+        scripts[script].main(argv)
     except SystemExit as stop:
         code = stop.code
     print(f"{script}: exit {code}", file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_without_cuda_the_labs_evaluator_is_refused_in_one_line(clone, pictures, run):
     shutil.copy(ROOT / "tests" / "lab_evaluator.py", clone / "evaluator.py")
     torch.save({"model": {}}, clone / "checkpoint.pth")
     (clone / "images" / "test").mkdir(parents=True)
     shutil.copy(next(pictures.glob("*.png")), clone / "images" / "test" / "0.png")
-    painted = METADATA["sampling"] | {"conditions": [["red cube"]], "num_images": 1, "seed": 0}
-    painted |= {"accuracies": [1.0], "precision": "no", "weights": "weights", "evaluator": "checkpoint.pth"}
+    painted = {
+        **METADATA["sampling"],
+        "conditions": [["red cube"]],
+        "num_images": 1,
+        "seed": 0,
+        "accuracies": [1.0],
+        "precision": "no",
+        "weights": "weights",
+        "evaluator": "checkpoint.pth",
+    }
     (clone / "images" / "test.json").write_text(json.dumps(painted))
     calls = [
         ["sample", "--mode", "test"],
@@ -44,9 +57,8 @@ def test_without_cuda_the_labs_evaluator_is_refused_in_one_line(clone, pictures,
     done = run(clone, "-c", ALL, json.dumps(calls), CUDA_VISIBLE_DEVICES="")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:") or ": exit " in line]
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert [line for line in lines if ": exit " in line] == [
-        "sample: exit 2", "sample: exit 2", "metrics: exit 2", "report: exit 2", "train: exit 0"
-    ]  # fmt: skip
+    exits = [line for line in lines if ": exit " in line]
+    assert exits == ["sample: exit 2", "sample: exit 2", "metrics: exit 2", "report: exit 2", "train: exit 0"]
     errors = [line for line in lines if line.startswith("error:")]
     assert len(errors) == 4
     needs = "error: evaluator.py: the lab's own file needs CUDA, and there is none here"
@@ -54,24 +66,20 @@ def test_without_cuda_the_labs_evaluator_is_refused_in_one_line(clone, pictures,
     assert errors[1].startswith("error: weights/evaluator.pth: the lab's evaluator.py loads checkpoint.pth")
 
 
-def test_ours_is_told_from_the_labs():
+def test_our_evaluator_is_told_from_the_labs():
     weights = ROOT / "weights" / "evaluator.pth"
-    ours = scoring.load_evaluator(weights, "cpu")
+    ours = lab.load_evaluator(weights, "cpu")
     assert isinstance(ours, evaluation_model) and ours.path == weights and ours.threshold != 0.5
-    assert scoring.load_evaluator(device="cpu").path.is_absolute()  # its own default
+    assert lab.load_evaluator(device="cpu").path.is_absolute()  # its own default
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [
-        ("import nothing_of_this_name", "ModuleNotFoundError: No module"),
-        ("x = 1", "ImportError"),
-        ("x =", "Syn"),
-    ],
+    [("import nothing_of_this_name", "ModuleNotFoundError: No module"), ("x = 1", "ImportError"), ("x =", "Syn")],
 )
-def test_an_evaluator_that_is_none_is_one_line(tmp_path, monkeypatch, content, reason):
+def test_an_evaluator_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, content, reason):
     (tmp_path / "evaluator.py").write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "evaluator")
     with pytest.raises(InputError, match=rf"^evaluator.py: cannot be imported \({reason}.*\)$"):
-        scoring.load_evaluator()
+        lab.load_evaluator()

@@ -1,4 +1,5 @@
-"""tracking.py through train.py, with the real TensorBoard and wandb, a few steps at a time."""
+"""A run in TensorBoard and Weights & Biases: bookkeeping/tracking.py through train.py, with the real ones, a
+few steps at a time."""
 
 import io
 import json
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 from PIL import Image
+from runs import log_of
 
 import train
 from checkpoint import checkpoints
@@ -23,7 +25,8 @@ def pixels(file) -> np.ndarray:
     return np.array(Image.open(file).convert("RGB"))
 
 
-def test_tensorboard_gets_numbers_settings_and_grids(pictures, tmp_path):
+@pytest.mark.slow
+def test_tensorboard_gets_the_numbers_settings_and_grids_of_a_run(pictures, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = tmp_path / "my-run"
     argv = [*COMMON, "--data", pictures, "--out", out, "--log-with", "tensorboard"]
@@ -53,23 +56,56 @@ def test_tensorboard_gets_numbers_settings_and_grids(pictures, tmp_path):
         assert word in settings[0]
 
 
+BLOCK = 32768  # bytes of LevelDB's log format
+HEADER = struct.Struct("<IHB")  # of a part of a record: checksum, length, kind
+LAST_PART = (1, 4)  # kinds: a whole record, the last part of one
+
+
 def read_wandb(folder: Path) -> list:
-    """The records in the .wandb file of a run: LevelDB's log format, after a header of 7 bytes."""
+    """The records in the .wandb file of a run: LevelDB's log format, after 7 bytes of its own."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    content, records, parts = next(folder.glob("*.wandb")).read_bytes(), [], b""
+    content = next(folder.glob("*.wandb")).read_bytes()
+    records = []
+    parts = b""
     position = 7
-    while position + 7 <= len(content):
-        if 32768 - position % 32768 < 7:  # no place for a header: the rest of the block is empty
-            position += 32768 - position % 32768
+    while position + HEADER.size <= len(content):
+        left = BLOCK - position % BLOCK
+        if left < HEADER.size:  # no place for a header: the rest of the block is empty
+            position += left
             continue
-        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
-        parts += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        _, length, kind = HEADER.unpack_from(content, position)
+        start = position + HEADER.size
+        parts += content[start : start + length]
+        position = start + length
+        if kind in LAST_PART:
             records.append(Record.FromString(parts))
             parts = b""
     return records
+
+
+def settings_in(records: list) -> dict:
+    """The settings of a run, which it may have changed."""
+    found = {}
+    for record in records:
+        if record.HasField("run"):
+            updates = record.run.config.update
+        elif record.HasField("config"):
+            updates = record.config.update
+        else:
+            continue
+        found.update({update.key: json.loads(update.value_json) for update in updates})
+    return found
+
+
+def rows_in(records: list) -> dict[int, dict[str, str]]:
+    """What was logged of each step: name -> value as JSON."""
+    found = {}
+    for record in records:
+        if record.HasField("history"):
+            row = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            found.setdefault(json.loads(row["_step"]), {}).update(row)
+    return found
 
 
 def start_wandb(run, home: Path, *argv, **more):
@@ -85,49 +121,41 @@ def no_key(monkeypatch):
             monkeypatch.delenv(name)
 
 
-def test_wandb_goes_on_in_the_same_run(pictures, tmp_path, run, no_key):
+@pytest.mark.slow
+def test_a_run_that_goes_on_is_the_same_run_in_wandb(pictures, tmp_path, run, no_key):
+    """With its settings, numbers and grids."""
     out = tmp_path / "my-run"
     for steps, every in ((2, 2), (3, 0)):
         argv = ["--data", pictures, "--out", out, "--max-steps", steps, "--sample-every", every]
         process = start_wandb(run, tmp_path / "home", *argv, WANDB_MODE="offline")
         assert process.returncode == 0, process.stderr[-3000:]
 
-    ids, rows = set(), {}
-    for folder in sorted((out / "wandb").glob("offline-run-*")):
-        records = read_wandb(folder)
-        config = {}
-        for record in records:
-            if record.HasField("run"):
-                ids.add((record.run.run_id, record.run.project, record.run.display_name))
-                config |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
-            if record.HasField("config"):
-                config |= {update.key: json.loads(update.value_json) for update in record.config.update}
-            if record.HasField("history"):
-                row = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
-                rows.setdefault(json.loads(row["_step"]), {}).update(row)
-    assert len(ids) == 1
-    [(_, project, name)] = ids
-    assert (project, name) == ("iclevr-ddpm", "my-run")
+    starts = [read_wandb(folder) for folder in sorted((out / "wandb").glob("offline-run-*"))]
+    runs = [record.run for records in starts for record in records if record.HasField("run")]
+    assert len({(one.run_id, one.project, one.display_name) for one in runs}) == 1
+    assert (runs[0].project, runs[0].display_name) == ("iclevr-ddpm", "my-run")
     expected = {"model": "small", "batch_size": 4, "optimizer": "adamw", "out": str(out), "max_steps": 3}
-    assert config.items() >= expected.items()
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert settings_in(starts[-1]).items() >= expected.items()
+
+    rows = {}
+    for records in starts:
+        rows.update(rows_in(records))
     assert sorted(rows) == [2, 3]
-    for entry in entries:
-        assert entry.items() <= {key: json.loads(v) for key, v in rows[entry["step"]].items()}.items()
+    for entry in log_of(out):
+        row = {name: json.loads(value) for name, value in rows[entry["step"]].items()}
+        assert entry.items() <= row.items()
     assert "samples" in str(rows[2])
     [shown] = (out / "wandb").glob("offline-run-*/files/media/images/*.png")
     np.testing.assert_array_equal(pixels(shown), pixels(out / "samples" / "0000002.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, word",
-    [
-        ({"WANDB_MODE": "online"}, "No API key configured"),
-        ({"WANDB_MODE": "never"}, "mode"),
-    ],
+    [({"WANDB_MODE": "online"}, "No API key configured"), ({"WANDB_MODE": "never"}, "mode")],
     ids=["no key", "no such mode"],
 )
-def test_wandb_without_a_key_is_one_line(pictures, tmp_path, run, no_key, settings, word):
+def test_wandb_without_a_key_or_a_mode_is_told_in_one_line(pictures, tmp_path, run, no_key, settings, word):
     argv = ["--data", pictures, "--out", tmp_path / "run", "--max-steps", 1]
     process = start_wandb(run, tmp_path / "home", *argv, **settings)
     assert process.returncode == 2

@@ -1,0 +1,285 @@
+"""From noise to pictures: each sampler takes exactly the steps that it was asked for, guidance does what its
+options say, and what is not finite never becomes a picture."""
+
+import pytest
+import torch
+from conftest import ROOT, SHIPPED
+
+import diffusion
+import evaluator
+from checkpoint import load_weights
+from data.pack import PACK
+from dataset import ICLEVRDataset, to_float
+from labels import hard_negatives, labels_with_one_mistake, load_conditions, load_objects, multi_hot
+from model import ConditionalUNet, build
+from options import SAMPLERS
+
+OBJECTS = load_objects()
+LABELS = multi_hot([["red cube"], ["cyan sphere", "gray cylinder"]], OBJECTS)
+
+# -------------------------------------------------------------------------------------------------- timesteps
+
+
+def is_grid(timesteps: list[int], steps: int) -> bool:
+    """Whether these are so many different timesteps in 0 to 999, descending."""
+    in_order = timesteps == sorted(set(timesteps), reverse=True)
+    return in_order and len(timesteps) == steps and timesteps[0] <= 999 and timesteps[-1] >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_has_as_many_different_timesteps_as_steps(sampler):
+    """Diffusers makes one of -1 for 62 of the counts, and fewer than asked for where it clips the start."""
+    scheduler_class, options = diffusion.SCHEDULERS[sampler]
+    scheduler = scheduler_class.from_config(build("small")[1].config, **options)
+    wrong = []
+    for steps in range(1, 1001):
+        diffusion.set_steps(scheduler, steps)
+        timesteps = scheduler.timesteps.tolist()
+        if not is_grid(timesteps, steps):
+            wrong.append(steps)
+        if sampler != "ddpm":  # these step from one sigma to the next
+            alpha_bar = scheduler.alphas_cumprod[timesteps]
+            sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()
+            assert torch.equal(scheduler.sigmas, torch.cat([sigmas, torch.zeros(1)])), steps
+    assert wrong == []
+
+
+@pytest.mark.parametrize("start", [1, 500, 973, 996, 1000])
+def test_timesteps_below_any_start_are_as_many_as_steps(start):
+    for steps in range(1, 1001):
+        timesteps = diffusion.timestep_grid(steps, start)
+        assert is_grid(timesteps, steps) and timesteps[0] == max(start, steps) - 1, steps
+
+
+class KnowingNetwork:
+    """A network that knows the picture [3, 8, 8], and so predicts the noise (or the velocity) that there is.
+    It keeps the timesteps that it was asked for."""
+
+    def __init__(self, noise_scheduler, picture: torch.Tensor):
+        alpha_bar = noise_scheduler.alphas_cumprod.double().view(-1, 1, 1, 1)
+        self.signals = alpha_bar.sqrt()  # [1000, 1, 1, 1], the share of the picture at each timestep
+        self.rates = (1 - alpha_bar).sqrt()  # and that of the noise
+        self.is_of_noise = noise_scheduler.config.prediction_type == "epsilon"
+        self.picture = picture
+        self.asked: list[int] = []
+
+    def __call__(self, images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.asked.append(timesteps[0].item())
+        noise = self.noise_in(images, timesteps)
+        if self.is_of_noise:
+            return noise.float()
+        return (self.signals[timesteps] * noise - self.rates[timesteps] * self.picture).float()
+
+    def noise_in(self, images: torch.Tensor, timesteps) -> torch.Tensor:
+        """The noise [B, 3, 8, 8] in images at these timesteps."""
+        return (images.double() - self.signals[timesteps] * self.picture) / self.rates[timesteps]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_step_goes_to_the_next_timestep_and_the_last_one_to_the_clear_picture(
+    sampler, prediction_type, monkeypatch
+):
+    """As a network shows that knows it.
+
+    An image before a step is then picture and noise in the shares of its timestep, the noise that it started
+    with unless the sampler draws more. In float32 a picture is known to 0.007 alone by the noise of timestep
+    999, where alpha_bar is 2e-9.
+    """
+    monkeypatch.setattr(diffusion, "IMAGE_SIZE", 8)  # which takes a tenth of the time
+    noise_scheduler = build("small")[1]
+    noise_scheduler.register_to_config(prediction_type=prediction_type)
+    picture = torch.linspace(-0.9, 0.9, 3 * 8 * 8).double().view(3, 8, 8)
+    tolerance = 1e-2 if prediction_type == "epsilon" else 1e-4
+
+    for steps in (1, 2, 3, 7, 15, 61, 333, 501, 1000):
+        network = KnowingNetwork(noise_scheduler, picture)
+        frames = []
+        diffusion.generate(network, noise_scheduler, LABELS[:1], [5], sampler, steps, 1.0, callback=frames.append)
+        assert is_grid(network.asked, steps)
+        *before, last = torch.cat(frames).double()
+        noises = network.noise_in(torch.stack(before), network.asked)  # [steps, 3, 8, 8]
+        if sampler not in diffusion.STOCHASTIC:
+            away = (noises - noises[0]) * network.rates[network.asked]
+            assert away.abs().max() < tolerance, steps
+        assert (noises.std((1, 2, 3)) - 1).abs().max() < 0.35, steps  # of 192 numbers
+        assert (last - picture).abs().max() < (tolerance if steps == 1 else 1e-5), steps
+
+
+@pytest.mark.slow
+def test_ddim_paints_with_61_steps_what_it_paints_with_20():
+    model, noise_scheduler, _ = load_weights(SHIPPED)
+    model.eval()
+    few = diffusion.generate(model, noise_scheduler, LABELS[:1], [5], "ddim", 20, 1.0)
+    many = diffusion.generate(model, noise_scheduler, LABELS[:1], [5], "ddim", 61, 1.0)
+    assert (few - many).abs().mean() < 0.02  # it painted noise: 0.35
+
+
+@pytest.mark.slow
+def test_more_steps_of_ddim_are_no_worse():
+    """Noise and picture of a step have to belong together, also where guidance makes it clamp a lot."""
+    model, noise_scheduler, metadata = load_weights(SHIPPED)
+    labels = multi_hot(load_conditions(ROOT / "validation.json", OBJECTS)[-4:], OBJECTS)
+    options = {**metadata["sampling"], "sampler": "ddim", "negative_scale": 0.0, "guidance_interval": (0, 1000)}
+    seeds = list(range(4))
+    model.eval()
+    few = diffusion.generate(model, noise_scheduler, labels, seeds, **{**options, "steps": 10})
+    many = diffusion.generate(model, noise_scheduler, labels, seeds, **{**options, "steps": 40})
+    judge = evaluator.evaluation_model(ROOT / "weights" / "evaluator.pth", "cpu")
+    assert judge.eval(many, labels) >= judge.eval(few, labels) - 0.1  # it fell from 0.92 to 0.71
+    assert (few - many).abs().mean() < 0.015  # the same pictures, nearly; it was 0.023
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_stays_in_range_and_repeats_itself(sampler):
+    model, noise_scheduler, _ = load_weights(SHIPPED)
+    model.eval()
+    first = diffusion.generate(model, noise_scheduler, LABELS, [5, 6], sampler, 8, 2.0)
+    second = diffusion.generate(model, noise_scheduler, LABELS, [5, 6], sampler, 8, 2.0)
+    assert torch.equal(first, second) and first.abs().max() <= 1
+    assert first.std() > 0.05
+
+
+# --------------------------------------------------------------------------------------------------- guidance
+
+
+def noting(model, passes: list[tuple[int, int]]):
+    """A network as the model, which notes the timestep and the number of images of each pass."""
+
+    def network(images, timesteps, labels):
+        passes.append((int(timesteps[0]), len(images)))
+        return model(images, timesteps, labels)
+
+    return network
+
+
+@pytest.mark.slow
+def test_there_is_no_guidance_outside_of_its_interval():
+    model, noise_scheduler, _ = load_weights(SHIPPED)
+    labels = multi_hot([["red cube"]], OBJECTS)
+    passes = []
+
+    def paint(*guidance):
+        network = noting(model, passes)
+        return diffusion.generate(network, noise_scheduler, labels, [5], "ddim", 8, *guidance)
+
+    none = paint(1.0)
+    always = paint(3.0)
+    assert torch.equal(paint(3.0, (2, 3)), none)
+    assert torch.equal(paint(3.0, (0, 1000)), always) and not torch.equal(none, always)
+    passes.clear()
+    paint(3.0, (200, 700))
+    assert [count for t, count in passes] == [2 if 200 <= t <= 700 else 1 for t, _ in passes]
+    assert {count for _, count in passes} == {1, 2}
+
+
+@pytest.mark.slow
+def test_hard_negatives_change_only_pictures_with_two_objects_of_a_colour():
+    model, noise_scheduler, _ = load_weights(SHIPPED)
+    conditions = [["red cube", "blue sphere"], ["red cube", "red sphere"]]
+    labels = multi_hot(conditions, OBJECTS)
+    negatives = [hard_negatives(condition, OBJECTS) for condition in conditions]
+    passes = []
+
+    def paint(*some):
+        common = (labels, [5, 6], "ddim", 8, 2.0, (0, 1000), negatives)
+        return diffusion.generate(noting(model, passes), noise_scheduler, *common, *some)
+
+    plain = paint()
+    pushed = paint(4.0, (300, 800))
+    assert torch.equal(plain, paint(4.0, (2, 3)))
+    torch.testing.assert_close(plain[0], pushed[0], atol=1e-3, rtol=0)
+    assert (plain[1] - pushed[1]).abs().max() > 0.1
+
+    passes.clear()
+    paint(4.0, (300, 800))
+    guided = [t for t, count in passes if count == 4]
+    expected = []
+    for t in guided:
+        expected.append((t, 4))
+        if 300 <= t <= 800:
+            expected.append((t, 2))
+    assert passes == expected
+
+
+def test_of_several_hard_negatives_only_the_nearest_counts():
+    noise_scheduler = build("small")[1]
+    labels = torch.zeros(1, 24)
+    near = torch.full((1, 24), 0.01)
+    far = torch.full((1, 24), 0.02)
+
+    def network(images, timesteps, labels):
+        return labels.sum(1).view(-1, 1, 1, 1) + images  # the further the label, the further the prediction
+
+    def paint(*negatives):
+        options = {"negative_labels": [torch.cat(negatives)], "negative_scale": 2.0}
+        return diffusion.generate(network, noise_scheduler, labels, [5], "ddim", 4, 1.0, **options)
+
+    assert torch.equal(paint(near), paint(far, near)) and not torch.equal(paint(near), paint(far))
+
+
+# -------------------------------------------------------------------------------------------------- reranking
+
+
+@pytest.mark.slow
+def test_the_likelihood_ratio_tells_right_labels_from_mistaken_ones():
+    """On training pictures; also with a mistake for the label and the label for a mistake."""
+    model, noise_scheduler, _ = load_weights(SHIPPED)
+    model.eval()
+    data = ICLEVRDataset(PACK, ROOT / "train.json", OBJECTS)
+    images = to_float(data.images[:12])
+    labels = data.labels[:12]
+    mistakes = [labels_with_one_mistake(condition, OBJECTS) for condition in data.conditions[:12]]
+    ratios = diffusion.likelihood_ratio(model, noise_scheduler, images, labels, mistakes)
+    nothing = [torch.zeros(1, 24)] * 12
+    over_nothing = diffusion.likelihood_ratio(model, noise_scheduler, images, labels, nothing)
+    assert (ratios > 0).float().mean() >= 0.9 and (over_nothing > 0).all()
+
+    first = torch.stack([mistake[0] for mistake in mistakes])
+    swapped = diffusion.likelihood_ratio(model, noise_scheduler, images, first, list(labels.split(1)))
+    assert (swapped < 0).float().mean() >= 0.9
+
+
+# ----------------------------------------------------------------------------------------- what is not finite
+
+
+@pytest.mark.parametrize("weight", [0.1, 1e38])
+def test_weights_that_are_too_large_are_told(weight):
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    model = ConditionalUNet(block_out_channels=(32, 32), layers_per_block=1, patch_size=4, **blocks).eval()
+    torch.nn.init.constant_(model.class_embedding.weight, weight)
+    arguments = (model, build("small")[1], LABELS, [5, 6], "ddim", 4, 2.0)
+    if weight == 0.1:
+        assert diffusion.generate(*arguments).isfinite().all()
+        return
+    with pytest.raises(FloatingPointError, match=r"^prediction not finite in step 1 of 4 \(timestep 999\)$"):
+        diffusion.generate(*arguments)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_single_number_that_is_not_finite_is_told(sampler, value):
+    """With the first step that had one, and no clear picture is given to the callback."""
+    asked = []
+    frames = []
+
+    def network(images, timesteps, labels):
+        asked.append(timesteps[0].item())
+        prediction = torch.zeros_like(images)
+        prediction[-1, 0, 5, 5] = value if len(asked) == 3 else 0
+        return prediction
+
+    arguments = (network, build("small")[1], LABELS, [5, 6], sampler, 15, 1.0)
+    with pytest.raises(FloatingPointError) as caught:
+        diffusion.generate(*arguments, callback=frames.append)
+    assert str(caught.value) == f"prediction not finite in step 3 of 15 (timestep {asked[2]})"
+    assert len(frames) == len(asked) == 15
+
+
+def test_a_picture_that_is_not_finite_is_told():
+    images = torch.full((1, 3, 64, 64), torch.inf)
+    with pytest.raises(FloatingPointError, match="^picture not finite after 2 steps$"):
+        diffusion.check_finite([torch.zeros(()), torch.zeros(())], images, [999, 499])
