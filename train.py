@@ -198,7 +198,7 @@ def train(
             if is_stopping:
                 break
 
-    run.end(done)
+    run.end(done, is_stopping)
 
 
 # ------------------------------------------------------------------------------------------------- around it
@@ -267,7 +267,7 @@ def load_model(args: argparse.Namespace, data: ICLEVRDataset) -> tuple[Condition
     return model, noise_scheduler, metadata
 
 
-def check_options(args: argparse.Namespace, accelerator: Accelerator):
+def check_surroundings(args: argparse.Namespace, accelerator: Accelerator):
     """Raise InputError for options that do not fit the processes or the libraries that there are."""
     processes = accelerator.num_processes
     if args.batch_size % processes:
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None):
         log_with=args.log_with,
         project_dir=args.out,
     )
-    check_options(args, accelerator)
+    check_surroundings(args, accelerator)
     model, noise_scheduler, metadata = load_model(args, data)
     is_main = accelerator.is_main_process
     advice = smaller_batch(args.batch_size, args.grad_accum, accelerator.num_processes)

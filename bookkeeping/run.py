@@ -139,14 +139,14 @@ class Run:
         checkpoint.save(self.args.out, state, noise_scheduler, metadata)
         self._last_saved = time.monotonic()
 
-    def end(self, done: int):
-        """Close log and trackers after `done` steps, and say how it went. Exits if a signal came before the
-        last step: with 130 after Ctrl-C, else with 0."""
+    def end(self, done: int, is_stopping: bool):
+        """Close log and trackers after `done` steps, and say how it went. Exits if a signal stopped the run
+        before the last step: with 130 after Ctrl-C, else with 0."""
         self.watch.read_all()
         self.accelerator.end_training()
         out = self.args.out
         last = self.args.max_steps
-        if done < last:
+        if is_stopping and done < last:
             where = f"step {done:,} of {last:,}"
             self.accelerator.print(f"{out}: stopped after {where}, which is saved; the same command goes on")
             raise SystemExit(130 if signal.SIGINT in self.stop else 0)
