@@ -48,8 +48,9 @@ def project(points: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def silhouettes() -> tuple[np.ndarray, np.ndarray]:
-    """Places [P, 2] on the ground, and for each the pixels [4096, P] that a cylinder there covers: 0 or 1.
+def silhouettes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places [P, 2] on the ground, for each the pixels [4096, P] that a cylinder there covers, 0 or 1, and how
+    many these are [P].
 
     The cylinder stands for every shape: cubes and spheres differ from it by about a pixel at the edge.
     """
@@ -64,7 +65,8 @@ def silhouettes() -> tuple[np.ndarray, np.ndarray]:
             disc = np.column_stack([place + ring, np.full(len(ring), height)])
             ImageDraw.Draw(drawn).polygon([*map(tuple, 4 * project(disc))], fill=255)
         masks.append(np.asarray(drawn.resize((IMAGE_SIZE,) * 2, Image.Resampling.BOX)).ravel() > 127)
-    return places, np.array(masks, np.float32).T.copy()
+    columns = np.array(masks, np.float32).T.copy()
+    return places, columns, columns.sum(0)
 
 
 @functools.cache
@@ -108,8 +110,7 @@ def segment(picture: np.ndarray) -> np.ndarray:
 def find_objects(picture: np.ndarray) -> list[Found]:
     """The objects in a uint8 picture [3, 64, 64], one colour after the other."""
     colours = segment(picture)
-    places, masks = silhouettes()  # [P, 2], [4096, P]
-    sizes = masks.sum(0)
+    places, masks, sizes = silhouettes()  # [P, 2], [4096, P], [P]
     on_ground = sizes - masks[colours >= 0].sum(0)  # [P], pixels of each silhouette that show ground
     found = []
     for colour, name in enumerate(COLORS):
@@ -127,8 +128,7 @@ def choose_places(pixels: np.ndarray, ground: np.ndarray, on_ground: np.ndarray)
     many pixels of each silhouette show ground. The choice is greedy: the silhouette with the best score comes
     first, its pixels are taken away, and so on. No two are nearer than the renderer puts objects.
     """
-    places, masks = silhouettes()  # [P, 2], [4096, P]
-    sizes = masks.sum(0)
+    places, masks, sizes = silhouettes()  # [P, 2], [4096, P], [P]
     covered = masks[pixels].sum(0)  # [P], pixels of the colour in each silhouette
     is_free = np.ones(len(places), bool)
     chosen: list[int] = []
