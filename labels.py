@@ -14,6 +14,16 @@ from options import NUM_OBJECTS
 MAX_OBJECTS = 5  # a CLEVR scene of this kind holds no more
 
 
+def colour_of(name: str) -> str:
+    """The colour in an object's name, such as "red" of "red cube"."""
+    return name.split()[0]
+
+
+def shape_of(name: str) -> str:
+    """The shape in an object's name, such as "cube" of "red cube"."""
+    return name.split()[1]
+
+
 def load_objects(path: Path | str = ROOT / "objects.json") -> dict[str, int]:
     """Read `objects.json`: 24 names like "red cube", each with its own index in 0..23. Raises InputError."""
     objects = load_json(path)
@@ -75,7 +85,7 @@ def hard_negatives(condition: list[str], objects: dict[str, int]) -> torch.Tenso
     For a red cube and a red sphere these are two red cubes, with a 2 in their place, and two red spheres. n
     objects of a colour make n (n - 1). None was ever seen in training, where all objects of a scene differ.
     """
-    pairs = [(a, b) for a, b in itertools.permutations(condition, 2) if a.split()[0] == b.split()[0]]
+    pairs = [(a, b) for a, b in itertools.permutations(condition, 2) if colour_of(a) == colour_of(b)]
     negatives = multi_hot([condition], objects).repeat(len(pairs), 1)
     for negative, (lost, doubled) in zip(negatives, pairs, strict=True):
         negative[objects[lost]] = 0
@@ -87,7 +97,7 @@ def labels_with_one_mistake(condition: list[str], objects: dict[str, int]) -> to
     """The labels [3 K, 24] of a condition of K objects with one mistake: an object in one of the two other
     shapes, or one that is there twice. The hard negatives are among them."""
     labels = multi_hot([condition], objects).repeat(3 * len(condition), 1)
-    pairs = [(a, b) for a in condition for b in objects if a.split()[0] == b.split()[0]]
+    pairs = [(a, b) for a in condition for b in objects if colour_of(a) == colour_of(b)]
     for label, (name, shown_instead) in zip(labels, pairs, strict=True):
         if shown_instead != name:
             label[objects[name]] -= 1

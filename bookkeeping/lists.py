@@ -219,7 +219,8 @@ def load_list(mode: str, args: argparse.Namespace, unseen: list, objects: dict[s
 
 def load_lists(args: argparse.Namespace, unseen: list) -> list[PictureList]:
     """The lists that --mode names. Raises InputError, also for two of one name."""
-    lists = [load_list(mode, args, unseen, load_objects()) for mode in args.mode]
+    objects = load_objects()
+    lists = [load_list(mode, args, unseen, objects) for mode in args.mode]
     names = [one.target.name for one in lists]
     for name in names:
         if names.count(name) > 1:

@@ -81,7 +81,7 @@ from data.manifest import MANIFEST_NAME, open_manifest
 from data.pack import PACK, is_pack, load_pack, save_pack
 from dataset import ICLEVRDataset
 from infra.files import contents, text_sha256, write_json
-from labels import MAX_OBJECTS, load_labels, load_objects, scene_of
+from labels import MAX_OBJECTS, colour_of, load_labels, load_objects, scene_of
 
 SHAPES = ("cube", "sphere", "cylinder")
 COLORS = {  # sRGB numbers that CLEVR hands to Blender as if they were linear
@@ -145,7 +145,7 @@ def draw_conditions(rng: np.random.Generator, quota: dict, taken: set, in_train:
         while any(left.values()):
             names = draw_objects(rng, int(rng.integers(1, 4)))
             condition = frozenset(names)
-            key = (len(names), len({n.split()[0] for n in names}), condition in in_train)
+            key = (len(names), len({colour_of(n) for n in names}), condition in in_train)
             if left.get(key, 0) and condition not in used:
                 left[key] -= 1
                 used.add(condition)

@@ -36,7 +36,7 @@ from scipy.stats import t as student_t
 from dataset import read_pictures
 from infra.files import check_fields, load_json
 from lab import load_evaluator
-from labels import check_condition, load_objects, multi_hot
+from labels import check_condition, colour_of, load_objects, multi_hot, shape_of
 from options import NUM_OBJECTS
 from report.judge import Found, count_colours, find_objects
 from scoring import Scoring
@@ -44,16 +44,6 @@ from scoring import Scoring
 REPORT_FIELDS: dict[str, type] = dict(  # that every report of sample.py has
     conditions=list, num_images=int, seed=int, accuracies=list, precision=str, weights=str, evaluator=str
 )
-
-
-def colour_of(name: str) -> str:
-    """The colour in an object's name, such as "red" of "red cube"."""
-    return name.split()[0]
-
-
-def shape_of(name: str) -> str:
-    """The shape in an object's name, such as "cube" of "red cube"."""
-    return name.split()[1]
 
 
 # ------------------------------------------------------------------------------------------------ both judges

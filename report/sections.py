@@ -11,9 +11,10 @@ from checkpoint import METADATA_NAME, newest
 from dataset import ICLEVRDataset
 from infra.commands import InputError
 from infra.files import load_json
+from labels import colour_of, shape_of
 from report import figures, likeness, metrics
 from report.judge import count_colours, find_objects
-from report.metrics import Judged, colour_of, shape_of, share
+from report.metrics import Judged, share
 from scoring import Scoring
 
 SHOWN = 12  # pictures of a kind at most, where there may be many

@@ -8,7 +8,7 @@ from data import render
 from data.pack import HELD_OUT
 from dataset import ICLEVRDataset
 from evaluator import evaluation_model
-from labels import load_objects
+from labels import colour_of, load_objects
 from report import metrics
 from report.judge import find_objects
 
@@ -60,7 +60,7 @@ def test_copies_of_an_object_are_counted_and_their_places_found(renderer):
         found = find_objects(pixels(renderer.pictures(scene, names, [3])[0]))
         assert sorted(one.colour for one in found) == ["gray", "red", "red"]
         for name, x, y, _ in placed[:3]:
-            alike = [one for one in found if one.colour == metrics.colour_of(name)]
+            alike = [one for one in found if one.colour == colour_of(name)]
             distances.append(min(np.hypot(x - one.x, y - one.y) for one in alike))
     assert np.median(distances) < 0.4  # an object is some 1.2 wide
 

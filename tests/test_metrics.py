@@ -11,13 +11,13 @@ import sample
 from data.pack import HELD_OUT
 from dataset import ICLEVRDataset
 from evaluator import evaluation_model
-from labels import load_objects, multi_hot
+from labels import load_objects, multi_hot, shape_of
 from report import metrics
 from report.judge import Found
 
 OBJECTS = load_objects()
 NAMES = sorted(OBJECTS, key=OBJECTS.get)
-SHAPES = [metrics.shape_of(name) for name in NAMES]
+SHAPES = [shape_of(name) for name in NAMES]
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from data.pack import PACK
 from dataset import ICLEVRDataset, to_float
 from evaluator import evaluation_model, soften
 from infra.commands import ROOT
-from labels import load_objects, scene_of
-from report.metrics import colour_of, confusions, kind_of, shape_of
+from labels import colour_of, load_objects, scene_of, shape_of
+from report.metrics import confusions, kind_of
 
 BLUR = 0.6  # pixels
 NOISE = 4  # grey levels
