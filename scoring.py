@@ -6,6 +6,7 @@ The scripts need more than these, and run with our evaluator.py as with the lab'
 import hashlib
 import math
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def value_range(images: torch.Tensor) -> tuple[float, float]:
     return ranges[:, 0].min().item(), ranges[:, 1].max().item()
 
 
-class Scoring:
+class Scoring(ABC):
     """What both evaluators have beyond the lab's interface, which is that of a subclass.
 
     `path`: of the weights; `resnet18`: images [B, 3, 64, 64] in [-1, 1] -> probabilities [B, 24], on
@@ -69,13 +70,13 @@ class Scoring:
         self.threshold = threshold
         self.warned: set[str] = set()  # kinds of unfit images that were warned about
 
+    @abstractmethod
     def compute_acc(self, out: torch.Tensor, onehot_labels: torch.Tensor) -> float:
         """Accuracy of outputs [B, 24] against multi-hot labels [B, 24]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def eval(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Accuracy of images [B, 3, 64, 64] in [-1, 1] against multi-hot labels [B, 24]."""
-        raise NotImplementedError
 
     def exact_set(self, out: torch.Tensor, onehot_labels: torch.Tensor) -> float:
         """Share of pictures with outputs [B, 24] above the threshold for just their labels [B, 24], and no

@@ -10,8 +10,9 @@
 #
 # Time. A stage trains for LIMIT seconds at most, so that a call takes some nine minutes. If that was not enough it
 # exits with 75, and the same command goes on where it stopped. On an NVIDIA H200 the reference trained at 1,376
-# pictures a second: its 40 epochs take 9 minutes. `small` trained at some 4,000 to 6,000 a second at batch 128: its
-# 30,000 steps take 11 to 16 minutes. Compiling comes before (two to three minutes once a machine), sampling after.
+# pictures a second: its 40 epochs take 9 minutes. `small` trained at up to 4,000 a second at batch 128, beside another
+# training: its 30,000 steps take 16 minutes at that rate. Compiling took 100 s before the reference's first step, also
+# beside another training, and is needed once a machine; sampling comes after.
 #
 # If a GPU is lent for 15 minutes in all, that is enough for one stage, made shorter (estimated from these rates).
 # First `EPOCHS=30 benchmarks/gpu.sh reference`, and again at once if it exits with 75. Next time, on another

@@ -1,10 +1,9 @@
-import pytest
-
 """Files that hypothesis makes up, and pictures with wrong bytes: each is read or refused in one line."""
 
 import json
 from pathlib import Path
 
+import pytest
 from conftest import NAMES, TINY_NETWORK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
