@@ -53,7 +53,6 @@ NETWORK_NAME = "unet/config.json"
 SCHEDULER_NAME = "scheduler/scheduler_config.json"
 SHIPPED_FILES = (METADATA_NAME, WEIGHTS_NAME, NETWORK_NAME, SCHEDULER_NAME)
 RUN_NAME = "run.json"  # says whose folder it is, from the start of a run on
-KEEP = 2  # checkpoints of a run
 
 # ---------------------------------------------------------------------------------------------------- reading
 
@@ -267,8 +266,8 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None = None
 
 
-def save(run: Path, state: TrainingState, noise_scheduler: DDPMScheduler, metadata: dict):
-    """Write a checkpoint of step `metadata["step"]`, then remove all but the newest two.
+def save(run: Path, state: TrainingState, noise_scheduler: DDPMScheduler, metadata: dict, keep: int):
+    """Write a checkpoint of step `metadata["step"]`, then remove all but the newest `keep`.
 
     Weights that are not averaged are written once. Raises InputError, and keeps the checkpoints there are,
     if the disk is full or a number is not finite.
@@ -288,7 +287,7 @@ def save(run: Path, state: TrainingState, noise_scheduler: DDPMScheduler, metada
     remove_temporaries(run)
     folder = run / f"checkpoint-{metadata['step']:07d}"
     write_weights(folder, state.ema_model, noise_scheduler, metadata, training)
-    for old in checkpoints(run)[:-KEEP]:
+    for old in checkpoints(run)[:-keep]:
         gone = temporary_beside(old)
         old.replace(gone)  # at once, while removing takes its time
         shutil.rmtree(gone)

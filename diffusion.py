@@ -43,11 +43,25 @@ def target_of(
     noise_scheduler: DDPMScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """What the network is to predict [B, 3, 64, 64] for `clean` pictures with `noise` at `timesteps` [B]: the
-    noise (arXiv 2006.11239, equation 14) or the velocity (arXiv 2202.00512, appendix D)."""
+    noise (arXiv 2006.11239, equation 14), the velocity (arXiv 2202.00512, appendix D) or the clean pictures."""
     # sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) clean: also at the noisiest timesteps a task worth learning
     if noise_scheduler.config.prediction_type == "v_prediction":
         return noise_scheduler.get_velocity(clean, noise, timesteps)
+    if noise_scheduler.config.prediction_type == "sample":
+        return clean
     return noise
+
+
+def loss_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, min_snr_gamma: float) -> torch.Tensor:
+    """What the squared error of the prediction at `timesteps` [B] counts: [B]. Ones, or for a `min_snr_gamma`
+    above 0 what makes that of the clean picture count min(SNR, gamma) (arXiv 2303.09556, section 3.4)."""
+    if not min_snr_gamma:
+        return torch.ones_like(timesteps, dtype=torch.float32)
+    alpha_bar = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alpha_bar / (1 - alpha_bar)  # signal-to-noise ratio
+    # The squared error of the clean picture is 1 / SNR of that of the noise, 1 / (SNR + 1) of that of the velocity.
+    scale = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=min_snr_gamma) / scale[noise_scheduler.config.prediction_type]
 
 
 # ------------------------------------------------------------------------------------------- steps and seeds
@@ -197,7 +211,8 @@ def evaluator_gradient(
 
     As the evaluator knows no noise, it judges the estimate of the clean picture (arXiv 2302.07121), whose
     derivative by the noisy one is taken to be sqrt(alpha_bar), so that the network need not be gone back
-    through: epsilon - s sqrt(1 - alpha_bar) sqrt(alpha_bar) gradient, or v - s sqrt(1 - alpha_bar) gradient.
+    through: epsilon - s sqrt(1 - alpha_bar) sqrt(alpha_bar) gradient, v - s sqrt(1 - alpha_bar) gradient, or
+    x_0 + s (1 - alpha_bar) gradient.
     """
     alpha_bar = noise_scheduler.alphas_cumprod[timestep]
     signal = alpha_bar.sqrt().item()
@@ -206,6 +221,9 @@ def evaluator_gradient(
     if noise_scheduler.config.prediction_type == "v_prediction":
         clean = signal * images - noise * prediction
         factor = noise
+    elif noise_scheduler.config.prediction_type == "sample":
+        clean = prediction
+        factor = -(noise**2)
     else:
         clean = (images - noise * prediction) / signal
         factor = noise * signal

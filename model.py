@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +16,11 @@ from options import IMAGE_SIZE, NUM_OBJECTS, PRESETS
 
 
 class ConditionalUNet(ModelMixin, ConfigMixin):
-    """`UNet2DModel` with a linear embedding of the label added to that of the timestep.
+    """A UNet of diffusers that is told by a multi-hot label what to paint.
+
+    `conditioning` says how the label enters. "linear": a linear embedding, added to that of the timestep.
+    "mlp": an embedding by two linear layers. "planes": 24 planes of zeros or ones beside the picture. "tokens":
+    cross-attention, in the blocks that have attention, to a token of each object in the label.
 
     With `patch_size` p > 1 the UNet works on p x p patches folded into channels (`pixel_unshuffle`): the
     same channels cost 1 / p^2. Saves and loads, label embedding included, by `save_pretrained` and
@@ -34,32 +38,62 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
         patch_size: int = 1,
         resnet_time_scale_shift: str = "default",
+        conditioning: str = "linear",
     ):
         super().__init__()
         if IMAGE_SIZE % patch_size:
             raise ValueError(f"patches of {patch_size} do not divide {IMAGE_SIZE}")
+        if conditioning not in ("linear", "mlp", "planes", "tokens"):
+            raise ValueError(f"no conditioning {conditioning}")
+        channels = 3 * patch_size**2
+        width = 4 * block_out_channels[0]  # of the timestep's embedding
+        options = {
+            "sample_size": IMAGE_SIZE // patch_size,
+            "in_channels": channels + NUM_OBJECTS if conditioning == "planes" else channels,
+            "out_channels": channels,
+            "layers_per_block": layers_per_block,
+            "block_out_channels": block_out_channels,
+            "dropout": dropout,
+            "resnet_time_scale_shift": resnet_time_scale_shift,
+        }
+        if conditioning == "tokens":
+            self.unet = UNet2DConditionModel(
+                down_block_types=tuple(name.replace("Attn", "CrossAttn") for name in down_block_types),
+                up_block_types=tuple(name.replace("Attn", "CrossAttn") for name in up_block_types),
+                attention_head_dim=tuple(max(1, c // attention_head_dim) for c in block_out_channels),  # their number
+                cross_attention_dim=width,
+                **options,
+            )
+            # The first token is always seen, so that there is one also without a label.
+            self.class_embedding = nn.Embedding(1 + NUM_OBJECTS, width)
+            return
         self.unet = UNet2DModel(
-            sample_size=IMAGE_SIZE // patch_size,
-            in_channels=3 * patch_size**2,
-            out_channels=3 * patch_size**2,
-            layers_per_block=layers_per_block,
-            block_out_channels=block_out_channels,
             down_block_types=down_block_types,
             up_block_types=up_block_types,
             attention_head_dim=attention_head_dim,
-            dropout=dropout,
-            resnet_time_scale_shift=resnet_time_scale_shift,
-            class_embed_type="identity",  # the label arrives embedded
+            class_embed_type=None if conditioning == "planes" else "identity",  # the label arrives embedded
+            **options,
         )
-        self.class_embedding = nn.Linear(NUM_OBJECTS, 4 * block_out_channels[0])
+        if conditioning == "linear":
+            self.class_embedding = nn.Linear(NUM_OBJECTS, width)
+        elif conditioning == "mlp":
+            self.class_embedding = nn.Sequential(nn.Linear(NUM_OBJECTS, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Predict noise or velocity [B, 3, 64, 64] of noisy images [B, 3, 64, 64] at timesteps [B] in 0..999.
+        """Predict what the noise scheduler says [B, 3, 64, 64] of noisy images [B, 3, 64, 64] at timesteps [B] in 0..999.
 
         `labels` are multi-hot [B, 24]; all zeros is the unconditional label of classifier-free guidance.
         """
         patches = F.pixel_unshuffle(images, self.config.patch_size)
-        prediction = self.unet(patches, timesteps, class_labels=self.class_embedding(labels)).sample
+        if self.config.conditioning == "planes":
+            planes = labels[:, :, None, None].expand(-1, -1, *patches.shape[2:]).to(patches)
+            prediction = self.unet(torch.cat([patches, planes], 1), timesteps).sample
+        elif self.config.conditioning == "tokens":
+            tokens = self.class_embedding.weight.expand(len(labels), -1, -1)
+            is_seen = F.pad(labels, (1, 0), value=1.0) > 0  # [B, 1 + 24]
+            prediction = self.unet(patches, timesteps, tokens, encoder_attention_mask=is_seen).sample
+        else:
+            prediction = self.unet(patches, timesteps, class_labels=self.class_embedding(labels)).sample
         return F.pixel_shuffle(prediction, self.config.patch_size)
 
 
@@ -115,7 +149,7 @@ def load_network(path: Path) -> ConditionalUNet:
 def load_noise_scheduler(path: Path) -> DDPMScheduler:
     """The noise scheduler of a config file. Raises InputError."""
     config = load_config(path, DDPMScheduler)
-    allowed: dict[str, list] = {"num_train_timesteps": [1000], "prediction_type": ["epsilon", "v_prediction"]}
+    allowed: dict[str, list] = {"num_train_timesteps": [1000], "prediction_type": ["epsilon", "v_prediction", "sample"]}
     for name, known in allowed.items():
         value = config.get(name, known[0])
         if value not in known:

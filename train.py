@@ -42,10 +42,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--label-dropout", type=number(float, 0, 1), help="share trained without label")
     add("--optimizer", choices=OPTIMIZERS)
     add("--timestep-sampling", choices=("uniform", "logit-normal"))
+    add("--min-snr-gamma", type=number(float, 0), help="weigh timesteps in the loss by min-SNR; 0: alike")
 
     add = parser.add_argument_group("output").add_argument
     add("--save-every", type=number(int, 1), metavar="STEPS", help="default: every 10 minutes, at the end")
     add("--sample-every", type=number(int, 0), default=1000, metavar="STEPS", help="default: 1000; 0: never")
+    add("--keep-checkpoints", type=number(int, 1), default=2, metavar="N", help="the newest N (default: 2)")
+    add("--log-every", type=number(int, 1), default=10, metavar="STEPS", help="default: 10")
     add("--log-with", choices=("tensorboard", "wandb"), help="besides <out>/log.jsonl")
     args = parser.parse_args(argv)
     # Whatever is not given is as in the preset.
@@ -78,7 +81,7 @@ from bookkeeping import tracking
 from bookkeeping.run import Run, announce, is_due, recipe_of
 from checkpoint import TrainingState
 from dataset import ICLEVRDataset, batch_indices, load_data, seed_of, to_float, to_uint8, write_picture
-from diffusion import generate, picture_seed, target_of
+from diffusion import generate, loss_weights, picture_seed, target_of
 from infra.device import Setup, choose_setup, explained, join_processes, new_accelerator, smaller_batch
 from infra.files import disk_errors, lock, text_sha256
 from infra.signals import clean_stop
@@ -165,6 +168,7 @@ def train(
             label = label * (torch.rand(batch_size, 1, device=device) >= args.label_dropout)
             noisy = noise_scheduler.add_noise(clean, noise, timesteps)
             target = target_of(noise_scheduler, clean, noise, timesteps)
+            weights = loss_weights(noise_scheduler, timesteps, args.min_snr_gamma)  # [B]
 
             # Learn. A process adds up the gradients of its shares; accelerate averages over processes.
             # The rate is set by hand: it follows from the step alone, so a run that goes on needs no scheduler.
@@ -175,7 +179,8 @@ def train(
                 with accelerator.accumulate(network):
                     # bf16 or fp16 by accelerate's autocast; the loss in fp32
                     prediction = network(noisy[share], timesteps[share], label[share])
-                    part = F.mse_loss(prediction.float(), target[share])
+                    errors = F.mse_loss(prediction.float(), target[share], reduction="none").mean((1, 2, 3))
+                    part = (weights[share] * errors).mean()
                     accelerator.backward(part)
                 loss += part.detach() / args.grad_accum
             accelerator.unscale_gradients()  # in fp16

@@ -136,7 +136,7 @@ class Run:
         metadata["pictures_seen"] = self._pictures_before + done * batch_size
         if state.scaler:
             metadata["grad_scaler"] = state.scaler.state_dict()
-        checkpoint.save(self.args.out, state, noise_scheduler, metadata)
+        checkpoint.save(self.args.out, state, noise_scheduler, metadata, self.args.keep_checkpoints)
         self._last_saved = time.monotonic()
 
     def end(self, done: int, is_stopping: bool):

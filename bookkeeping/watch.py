@@ -18,7 +18,6 @@ import checkpoint
 from infra.commands import InputError
 from infra.device import start_copy
 
-LOG_EVERY = 10  # steps
 MOST_SKIPPED = 50  # steps in a row that fp16 may leave out as their gradients overflow
 
 
@@ -101,7 +100,7 @@ class Watch:
             self.losses.append(loss)
             if stops and self._stop_step is None:
                 self._stop_step = step.number
-            if (step.number + 1) % LOG_EVERY == 0 or step.number + 1 == self.args.max_steps:
+            if (step.number + 1) % self.args.log_every == 0 or step.number + 1 == self.args.max_steps:
                 self._write(step, norm)
 
     def _check(self, step: Step, loss: float, norm: float):

@@ -29,7 +29,6 @@ from model import build
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_stopped_after_any_step_ends_as_one_without_a_stop(argv, tmp_path, monkeypatch, tried, optimizer):
     """Twelve pictures in steps of eight: most of the stops are in the middle of an epoch."""
-    monkeypatch.setattr(checkpoint, "KEEP", 100)
     common = ["--optimizer", optimizer, "--max-steps", 13]
     train.main(argv(tmp_path / "whole", *common, "--save-every", 1))
     log = (tmp_path / "whole" / "log.jsonl").read_text()
@@ -67,7 +66,7 @@ def test_a_run_in_channels_last_goes_on_as_one_without_a_stop(tmp_path):
     metadata = {**METADATA, "losses": []}
     whole, noise_scheduler = begin()
     steps(whole, [1, 2])
-    checkpoint.save(tmp_path, whole, noise_scheduler, metadata)
+    checkpoint.save(tmp_path, whole, noise_scheduler, metadata, keep=2)
     steps(whole, [3, 4])
 
     parts, _ = begin()
@@ -245,11 +244,11 @@ def test_what_is_left_of_a_checkpoint_does_not_count(argv, tmp_path, capsys):
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model, noise_scheduler = build("small")
     state = TrainingState(model, model, torch.optim.AdamW(model.parameters()))
-    checkpoint.save(tmp_path, state, noise_scheduler, METADATA)
+    checkpoint.save(tmp_path, state, noise_scheduler, METADATA, keep=2)
     with torch.no_grad():
         model.unet.conv_out.bias[0] = torch.nan
     with pytest.raises(InputError, match="not finite after step 3, not saved"):
-        checkpoint.save(tmp_path, state, noise_scheduler, {**METADATA, "step": 3})
+        checkpoint.save(tmp_path, state, noise_scheduler, {**METADATA, "step": 3}, keep=2)
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-0000002"]
 
 

@@ -65,7 +65,6 @@ def test_every_picture_is_seen_once_per_epoch():
 
 @pytest.mark.slow
 def test_checkpoints_are_saved_by_the_clock_unless_save_every_names_steps(argv, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "KEEP", 100)
     train.main(argv(tmp_path / "end", "--max-steps", 3))
     monkeypatch.setattr(bookkeeping, "SAVE_EVERY", 0)
     train.main(argv(tmp_path / "all", "--max-steps", 3))

@@ -1,0 +1,238 @@
+"""Train one row of the study with one seed, and measure it: the process that benchmarks/study.py starts.
+
+    OMP_NUM_THREADS=1 python benchmarks/studies/measure_row.py "MLP" 0 --budget quick --work runs/study
+
+Leaves result.json and grid.png in the row's folder. The same command goes on where it was stopped. Steps:
+choose the number of training steps, train with train.py, sample with sample.py at each checkpoint, judge.
+"""
+
+import argparse
+import json
+import math
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.utils import make_grid
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from baselines import bare_training
+from studies.rows import BASE, ROWS, Row, preset_of
+
+import sample
+import train
+from checkpoint import checkpoints, step_of
+from dataset import read_picture, write_picture
+from infra.device import choose_setup, device_name, join_processes
+from infra.files import write_json
+from labels import load_labels, load_objects
+from options import NUM_OBJECTS, PRESETS
+from report.metrics import load_samples, runs_of, scores
+
+POINTS = 4  # checkpoints that are measured, evenly spread over the training
+SAMPLING_SEEDS = 3  # of the last one; of those before it one
+EPOCHS = 40  # of the full budget, the report's
+WARMUP = 2  # steps
+TIMED = 5  # steps
+SPIKE = 2.0  # times the median around it
+AROUND = 50  # steps to each side
+CURVE_POINTS = 60
+MEASURES = ("accuracy", "exact_set", "second_judge", "both")
+
+
+# -------------------------------------------------------------------------------------- how long it is trained
+
+
+def seconds_per_step(preset: dict[str, dict], name: str) -> float:
+    """CPU seconds of a training step of `preset`, which is put in the place of the one called `name`."""
+    PRESETS[name] = preset
+    size = preset["training"]["batch_size"]
+    setup = choose_setup(join_processes(), None, passes=1, training=True)
+    step = bare_training(name, torch.randn(size, 3, 64, 64), torch.zeros(size, NUM_OBJECTS), setup)
+    seconds = []
+    for _ in range(WARMUP + TIMED):
+        start = time.process_time()
+        step(1)
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds[WARMUP:])
+
+
+def steps_of(row: Row, budget: str, base_seconds: float) -> int:
+    """The number of training steps of a row. Full budget: EPOCHS epochs. Quick budget: as many as take the
+    row's minutes of one core.
+
+    `base_seconds`: of a step of the base on the machine on which the study began. On another machine a row gets
+    as many steps as on that one, since its cost is measured against that of the base.
+    """
+    preset = preset_of(row)
+    if budget == "full":
+        pictures = len(load_labels(ROOT / "train.json", load_objects()))
+        return math.ceil(EPOCHS * pictures / preset["training"]["batch_size"])
+    cost = seconds_per_step(preset, row.preset) / seconds_per_step(BASE, "small")
+    return max(1, round(60 * row.minutes / base_seconds / cost))
+
+
+# -------------------------------------------------------------------------------------------- what is measured
+
+
+def background_colours(pictures: torch.Tensor) -> torch.Tensor:
+    """The colour [N, 3] of the background of uint8 pictures [N, 3, 64, 64], in grey levels.
+
+    The median over all pixels: objects cover far less than half of a picture.
+    """
+    return pictures.flatten(2).float().median(2).values
+
+
+def spread_of_colours(pictures: torch.Tensor) -> float:
+    """How far the background's colour lies from its mean over the pictures: root mean square, grey levels."""
+    return background_colours(pictures).var(0, unbiased=False).mean().sqrt().item()
+
+
+def count_spikes(values: list[float]) -> int:
+    """How many values are more than SPIKE times the median of the AROUND values to each side."""
+    padded = np.pad(np.array(values), AROUND, mode="reflect" if len(values) > AROUND else "edge")
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * AROUND + 1), axis=1)
+    return int((np.array(values) > SPIKE * medians).sum())
+
+
+def curve(log: list[dict]) -> dict[str, list[float]]:
+    """Loss and largest gradient norm against pictures, in CURVE_POINTS parts of the training."""
+    parts = [part for part in np.array_split(np.arange(len(log)), CURVE_POINTS) if len(part)]
+    return {
+        "pictures": [log[part[-1]]["pictures"] for part in parts],
+        "loss": [round(statistics.mean(log[i]["loss"] for i in part), 6) for part in parts],
+        "gradient_norm": [round(max(log[i]["gradient_norm"] for i in part), 4) for part in parts],
+    }
+
+
+def measure(weights: Path, out: Path, seeds: int, scale: float | None) -> dict[str, list[float]]:
+    """Sample validation.json with the weights of a checkpoint; every measure, one value a sampling seed."""
+    argv = ["--mode", "validation", "--weights", str(weights), "--out", str(out), "--seeds", str(seeds)]
+    if scale is not None:
+        argv += ["--guidance-scale", str(scale)]
+    sample.main(argv)
+    report, judged = load_samples(out / "validation")
+    runs = runs_of(judged, len(report["conditions"]))
+    found = {name: [scores([run])[name].mean for run in runs] for name in MEASURES}
+    found["background"] = [spread_of_colours(run.pictures) for run in runs]
+    return {name: [round(value, 4) for value in values] for name, values in found.items()}
+
+
+def write_grid(images: Path, path: Path):
+    """Every fourth of the pictures of the first seed: 16 of the 64 conditions."""
+    write_picture(path, make_grid(torch.stack([read_picture(images / f"{i}.png") for i in range(0, 64, 4)]), nrow=8))
+
+
+def machine() -> str:
+    """The processor, or the GPU."""
+    device = join_processes().device
+    if device.type != "cpu":
+        return device_name(device)
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    name = found[1] if found else platform.processor()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+
+
+# ----------------------------------------------------------------------------------------------------- the row
+
+
+def slug(name: str, seed: int) -> str:
+    """The name of the folder of a row with a training seed."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {seed}".lower()).strip("-")
+
+
+def train_row(row: Row, run: Path, seed: int, steps: int):
+    """Train with train.py, and add up the CPU seconds that it took, over all calls."""
+    every = math.ceil(steps / POINTS)
+    argv = ["--model", row.preset, "--out", str(run), "--seed", str(seed), "--max-steps", str(steps)]
+    argv += ["--save-every", str(every), "--keep-checkpoints", str(POINTS + 1)]
+    argv += ["--log-every", "1", "--sample-every", "0"]
+    spent = run.with_name("seconds.json")
+    before = json.loads(spent.read_text()) if spent.exists() else 0.0
+    start = time.process_time()
+    try:
+        train.main(argv)
+    finally:
+        write_json(spent, before + time.process_time() - start)
+
+
+def measure_points(row: Row, run: Path, folder: Path) -> tuple[list[dict], dict]:
+    """Sample at each checkpoint of a run, and at the last one with other guidance scales too. What is measured
+    already is kept in points.json."""
+    path = folder / "points.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    saved = [one for one in checkpoints(run) if step_of(one) > 0]
+    wanted: list[tuple[str, Path, int, float | None]] = [(str(step_of(one)), one, 1, None) for one in saved[:-1]]
+    wanted.append(("last", saved[-1], SAMPLING_SEEDS, None))
+    wanted += [(f"guidance {scale:g}", saved[-1], SAMPLING_SEEDS, scale) for scale in row.guidance_scales]
+    for key, weights, seeds, scale in wanted:
+        if key not in known:
+            images = folder / f"images-{key.replace(' ', '-')}"
+            shutil.rmtree(images, ignore_errors=True)
+            known[key] = measure(weights, images, seeds, scale)
+            if key == "last":
+                write_grid(images / "validation", folder / "grid.png")
+            shutil.rmtree(images)
+            write_json(path, known)
+    points = [{"step": step_of(one), **known[str(step_of(one))]} for one in saved[:-1]]
+    points.append({"step": step_of(saved[-1]), **known["last"]})
+    return points, {f"{scale:g}": known[f"guidance {scale:g}"] for scale in row.guidance_scales}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("row", choices=ROWS)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--budget", choices=("quick", "full"), default="quick")
+    parser.add_argument("--base-seconds", type=float, default=1.0, help="CPU seconds of a step of the base")
+    parser.add_argument("--steps", type=int, help="training steps, in place of those of the budget")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"))
+    args = parser.parse_args()
+    row = ROWS[args.row]
+    folder = args.work / slug(args.row, args.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = folder / "run"
+
+    planned = folder / "steps.json"
+    if not planned.exists():  # once, as it comes out a little differently each time
+        write_json(planned, args.steps or steps_of(row, args.budget, args.base_seconds))
+    steps = json.loads(planned.read_text())
+    PRESETS[row.preset] = preset_of(row)
+    train_row(row, run, args.seed, steps)
+    points, guidance = measure_points(row, run, folder)
+
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    batch_size = PRESETS[row.preset]["training"]["batch_size"]
+    cpu_seconds = json.loads((folder / "seconds.json").read_text())
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    result = {
+        "row": args.row,
+        "seed": args.seed,
+        "budget": args.budget,
+        "commit": commit.stdout.strip(),
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "steps": steps,
+        "pictures": steps * batch_size,
+        "cpu_seconds": round(cpu_seconds),
+        "loss_spikes": count_spikes([entry["loss"] for entry in log]),
+        "gradient_spikes": count_spikes([entry["gradient_norm"] for entry in log]),
+        "points": [{"pictures": point.pop("step") * batch_size, **point} for point in points],
+        "guidance": guidance,
+        "curve": curve(log),
+    }
+    write_json(folder / "result.json", result)
+    for old in checkpoints(run)[:-1]:  # the last one can be sampled with
+        shutil.rmtree(old)
+
+
+if __name__ == "__main__":
+    main()

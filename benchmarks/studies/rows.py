@@ -1,0 +1,89 @@
+"""The rows of benchmarks/study.py: plain data. A row of your own is one more entry of ROWS.
+
+A row is the base with changes. `network`, `scheduler`, `training` and `sampling` are changes of the parts of a
+preset in options.py, whose names they have.
+"""
+
+from dataclasses import dataclass, field
+
+from options import PRESETS
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the study. `factor`: under which heading it stands. `preset`: what the changes are made to.
+    `minutes`: of one CPU core that the quick budget gives it. `training_seeds`: so many runs, with the seeds
+    0, 1 and so on. `guidance_scales`: other scales to sample the trained weights with, beside its own.
+    `budgets`: in which it is run."""
+
+    factor: str
+    network: dict = field(default_factory=dict)
+    scheduler: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    sampling: dict = field(default_factory=dict)
+    preset: str = "small"
+    minutes: int = 15
+    training_seeds: int = 1
+    guidance_scales: tuple[float, ...] = ()
+    budgets: tuple[str, ...] = ("quick", "full")
+
+
+# The preset `small` with a warm-up that fits a short training, and without negative prompting, which costs
+# passes and has nothing to do with training.
+BASE: dict[str, dict] = {part: {**PRESETS["small"][part]} for part in ("network", "scheduler", "training", "sampling")}
+BASE["training"]["warmup_steps"] = 50
+BASE["sampling"]["negative_scale"] = 0.0
+
+# The report's recipe, on whatever network. Sampled like all rows, but without guidance, which it was not
+# trained for.
+_REPORT = PRESETS["reference"]
+REPORT: dict[str, dict] = {
+    "scheduler": {"prediction_type": "epsilon"},
+    "training": _REPORT["training"],
+    "sampling": BASE["sampling"] | {"guidance_scale": 1.0},
+}
+# (32, 64, 64) with attention at all levels, on 2x2 patches: at 64x64 it learns 0.3 pictures a second on a core.
+TINY = PRESETS["tiny-attention"]["network"]
+# That of the report's networks: the label is added to the features of a block.
+ADDED = {"resnet_time_scale_shift": "default"}
+SCALES = (1.0, 2.0, 3.0)
+
+ROWS: dict[str, Row] = {
+    "base": Row("base", training_seeds=2, guidance_scales=SCALES),
+    # How the condition enters
+    "added to the features": Row("condition", network=ADDED, training_seeds=2),
+    "label planes": Row("condition", network={"conditioning": "planes"}, training_seeds=2),
+    "object tokens": Row("condition", network={"conditioning": "tokens"}, training_seeds=2),
+    "MLP": Row("condition", network={"conditioning": "mlp"}),
+    # Recipe
+    "noise prediction": Row("recipe", scheduler={"prediction_type": "epsilon"}, training_seeds=2),
+    "sample prediction": Row("recipe", scheduler={"prediction_type": "sample"}),
+    "linear schedule": Row("recipe", scheduler={"beta_schedule": "linear"}),
+    "no EMA": Row("recipe", training={"ema_decay": 0.0}),
+    "min-SNR 5": Row("recipe", training={"min_snr_gamma": 5.0}),
+    "AdamW, learning rate 1e-3": Row("recipe", training={"optimizer": "adamw", "learning_rate": 1e-3}),
+    "AdamW, learning rate 1e-4": Row("recipe", training={"optimizer": "adamw", "learning_rate": 1e-4}),
+    "label dropout 0": Row("recipe", training={"label_dropout": 0.0}, guidance_scales=SCALES),
+    # Network
+    "(32, 64, 64), patches": Row("network", network=TINY, training_seeds=2),
+    "2 layers a block": Row("network", network={"layers_per_block": 2}),
+    "no attention": Row(
+        "network", network={"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    ),
+    # The report, an hour each on one core
+    "base, an hour": Row("the report", minutes=60, budgets=("quick",)),
+    "report's recipe": Row("the report", network=ADDED, minutes=60, **REPORT),
+    "report's recipe, (32, 64, 64), patches": Row(
+        "the report", network=TINY | ADDED, minutes=60, training_seeds=2, **REPORT
+    ),
+    "report's recipe, mixed (32, 64, 64)": Row("the report", preset="tiny-mixed", minutes=60, **REPORT),
+    "(32, 64, 64), patches, an hour": Row("the report", network=TINY, minutes=60, budgets=("quick",)),
+    "report's recipe, (32, 64, 64)": Row("the report", preset="tiny-attention", budgets=("full",), **REPORT),
+    "reference": Row("the report", preset="reference", budgets=("full",), **REPORT),
+}
+
+
+def preset_of(row: Row) -> dict[str, dict]:
+    """The preset that a row stands for, as those of options.py."""
+    start = BASE if row.preset == "small" else PRESETS[row.preset]
+    return {part: start[part] | getattr(row, part) for part in ("network", "scheduler", "training", "sampling")}

@@ -1,0 +1,176 @@
+"""The report's experiments, repeated: one factor changed at a time, with equal computing time.
+
+    python benchmarks/study.py                           # all rows that docs/study/results.json lacks
+    python benchmarks/study.py "MLP" "base" --out mine   # some rows, into files of your own
+    python benchmarks/study.py --budget full             # one CUDA GPU, the report's 40 epochs
+
+Rows are entries of ROWS in benchmarks/studies/rows.py. Each is trained with train.py and scored on validation.json.
+The same command goes on where it stopped. Ends by writing the table, the figures and the grids of all results in
+--out; `--figures` does only that.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import torch
+from tqdm import tqdm
+
+from infra.commands import InputError, command
+from infra.files import load_json, write_json
+from infra.signals import signals_interrupt
+from studies.measure_row import seconds_per_step, slug
+from studies.rows import BASE, ROWS
+
+SCRIPT = ROOT / "benchmarks" / "studies" / "measure_row.py"
+POLL = 5.0  # seconds
+
+
+@dataclass
+class Job:
+    """A row with a training seed, in a folder of its own. `minutes`: what it is expected to take of one core, or
+    on a GPU in comparison with the others."""
+
+    row: str
+    seed: int
+    folder: Path
+    minutes: float
+    process: subprocess.Popen | None = None
+
+    def minutes_done(self) -> float:
+        """By the log of its training. Sampling and judging are not counted."""
+        log = self.folder / "run" / "log.jsonl"
+        planned = self.folder / "steps.json"
+        if not log.exists() or not planned.exists():
+            return 0.0
+        return self.minutes * min(1.0, log.read_bytes().count(b"\n") / load_json(planned))
+
+    def start(self, args: argparse.Namespace, base_seconds: float):
+        """Start its process, which writes what it has to say into output.txt."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = [self.row, self.seed, "--budget", args.budget, "--work", args.work, "--base-seconds", base_seconds]
+        if args.steps:
+            line += ["--steps", args.steps]
+        threads = {"OMP_NUM_THREADS": "1"} if args.budget == "quick" else {}
+        with (self.folder / "output.txt").open("a") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, SCRIPT, *map(str, line)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | threads,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others
+            )
+
+
+def jobs_of(args: argparse.Namespace, results: dict) -> list[Job]:
+    """The rows asked for that `results` lacks, each with all its training seeds."""
+    known = {(one["row"], one["seed"], one["budget"]) for one in results["rows"]}
+    jobs = []
+    for name in args.rows or ROWS:
+        row = ROWS[name]
+        if args.budget not in row.budgets:
+            continue
+        for seed in range(row.training_seeds):
+            if (name, seed, args.budget) not in known:
+                jobs.append(Job(name, seed, args.work / slug(name, seed), row.minutes))
+    return jobs
+
+
+def finish(job: Job, args: argparse.Namespace, results: dict) -> bool:
+    """Take in what a process has left: whether it came to its end."""
+    assert job.process is not None
+    result = job.folder / "result.json"
+    if job.process.returncode != 0 or not result.exists():
+        last = (job.folder / "output.txt").read_text().splitlines()[-1:]
+        tqdm.write(f"{job.row}, seed {job.seed}: exit code {job.process.returncode}: {' '.join(last)}")
+        return False
+    results["rows"].append(load_json(result))
+    write_json(args.out / "results.json", results)
+    if job.seed == 0:
+        (args.out / "grids").mkdir(exist_ok=True)
+        shutil.copy(job.folder / "grid.png", args.out / "grids" / f"{slug(job.row, args.budget)}.png")
+    tqdm.write(f"{job.row}, seed {job.seed}: accuracy {results['rows'][-1]['points'][-1]['accuracy']}")
+    return True
+
+
+def run(jobs: list[Job], args: argparse.Namespace, results: dict) -> int:
+    """Run all jobs, --workers at a time; returns how many failed. When it is interrupted, their processes are
+    asked to save and to end."""
+    waiting = list(jobs)
+    running: list[Job] = []
+    failed = 0
+    base_seconds = results["base_seconds_per_step"]
+    total = sum(job.minutes for job in jobs)
+    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} minutes of training [{elapsed}<{remaining}]"
+    with tqdm(total=total, bar_format=form) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < args.workers:
+                    job = waiting.pop(0)
+                    job.start(args, base_seconds)
+                    running.append(job)
+                time.sleep(POLL)
+                for job in running.copy():
+                    assert job.process is not None
+                    if job.process.poll() is not None:
+                        running.remove(job)
+                        failed += not finish(job, args, results)
+                left = [*waiting, *running]
+                bar.n = total - sum(job.minutes - job.minutes_done() for job in left)
+                bar.set_description(", ".join(f"{job.row} {job.seed}" for job in running))
+        finally:
+            for job in running:
+                assert job.process is not None
+                job.process.terminate()
+            for job in running:
+                assert job.process is not None
+                job.process.wait()
+    return failed
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all of the budget")
+    parser.add_argument("--budget", choices=("quick", "full"), default="quick",
+                        help="quick: each row its minutes of one core; full: 40 epochs, on a GPU")  # fmt: skip
+    parser.add_argument("--workers", type=int, help="rows at a time (default: quick 2, full 1)")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "study", help="results (default: docs/study)")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="runs (default: runs/study)")
+    parser.add_argument("--steps", type=int, help="training steps of every row, to try it out")
+    parser.add_argument("--figures", action="store_true", help="only the table, the figures and the grids")
+    args = parser.parse_args(argv)
+    for name in args.rows:
+        if name not in ROWS:
+            parser.error(f"no row {name!r}; expected some of: {', '.join(ROWS)}")
+    args.workers = args.workers or (2 if args.budget == "quick" else 1)
+    return args
+
+
+@command
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    path = args.out / "results.json"
+    results = load_json(path) if path.exists() else {"rows": []}
+    failed = 0
+    if not args.figures:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if "base_seconds_per_step" not in results:
+            torch.set_num_threads(1)
+            results["base_seconds_per_step"] = seconds_per_step(BASE, "small")
+            write_json(path, results)
+        with signals_interrupt():
+            failed = run(jobs_of(args, results), args, results)
+    if failed:
+        raise InputError(f"{failed} rows failed; their last words are above, all of them in {args.work}/*/output.txt")
+
+
+if __name__ == "__main__":
+    main()
