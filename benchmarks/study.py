@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
+from studies.measure_row import seconds_per_step, slug
+from studies.rows import BASE, ROWS
 from tqdm import tqdm
 
 from infra.commands import InputError, command
 from infra.files import load_json, write_json
 from infra.signals import signals_interrupt
-from studies.measure_row import seconds_per_step, slug
-from studies.rows import BASE, ROWS
 
 SCRIPT = ROOT / "benchmarks" / "studies" / "measure_row.py"
 POLL = 5.0  # seconds

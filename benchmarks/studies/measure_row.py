@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,18 +52,39 @@ MEASURES = ("accuracy", "exact_set", "second_judge", "both")
 # -------------------------------------------------------------------------------------- how long it is trained
 
 
-def seconds_per_step(preset: dict[str, dict], name: str) -> float:
-    """CPU seconds of a training step of `preset`, which is put in the place of the one called `name`."""
+def stepper(preset: dict[str, dict], name: str) -> Callable[[], float]:
+    """A training step of `preset`, which is put in the place of the one called `name`: does it and returns its
+    CPU seconds."""
     PRESETS[name] = preset
     size = preset["training"]["batch_size"]
     setup = choose_setup(join_processes(), None, passes=1, training=True)
     step = bare_training(name, torch.randn(size, 3, 64, 64), torch.zeros(size, NUM_OBJECTS), setup)
-    seconds = []
-    for _ in range(WARMUP + TIMED):
+
+    def timed() -> float:
         start = time.process_time()
         step(1)
-        seconds.append(time.process_time() - start)
-    return statistics.median(seconds[WARMUP:])
+        return time.process_time() - start
+
+    return timed
+
+
+def seconds_per_step(preset: dict[str, dict], name: str) -> float:
+    """CPU seconds of a training step of `preset`: a median."""
+    step = stepper(preset, name)
+    return statistics.median([step() for _ in range(WARMUP + TIMED)][WARMUP:])
+
+
+def relative_cost(row: Row) -> float:
+    """CPU time of a training step of a row, in those of the base: 1 if nothing that costs time is changed."""
+    preset = preset_of(row)
+    is_alike = preset["network"] == BASE["network"]
+    if is_alike and all(preset["training"][name] == BASE["training"][name] for name in ("batch_size", "optimizer")):
+        return 1.0
+    step = stepper(preset, row.preset)
+    base_step = stepper(BASE, "small")
+    # In turns: the machine is not equally fast all the time.
+    pairs = [(step(), base_step()) for _ in range(WARMUP + TIMED)][WARMUP:]
+    return statistics.median(own for own, _ in pairs) / statistics.median(base for _, base in pairs)
 
 
 def steps_of(row: Row, budget: str, base_seconds: float) -> int:
@@ -76,8 +98,7 @@ def steps_of(row: Row, budget: str, base_seconds: float) -> int:
     if budget == "full":
         pictures = len(load_labels(ROOT / "train.json", load_objects()))
         return math.ceil(EPOCHS * pictures / preset["training"]["batch_size"])
-    cost = seconds_per_step(preset, row.preset) / seconds_per_step(BASE, "small")
-    return max(1, round(60 * row.minutes / base_seconds / cost))
+    return max(1, round(60 * row.minutes / base_seconds / relative_cost(row)))
 
 
 # -------------------------------------------------------------------------------------------- what is measured
@@ -91,9 +112,16 @@ def background_colours(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.flatten(2).float().median(2).values
 
 
-def spread_of_colours(pictures: torch.Tensor) -> float:
-    """How far the background's colour lies from its mean over the pictures: root mean square, grey levels."""
-    return background_colours(pictures).var(0, unbiased=False).mean().sqrt().item()
+def background_spread(pictures: torch.Tensor) -> dict[str, float]:
+    """How far the background's colour lies from its mean over uint8 pictures [N, 3, 64, 64]: root mean square,
+    in grey levels. `background`: of the colour; `tint`: of the colour less its mean over the channels, so that
+    lighter and darker do not count."""
+    colours = background_colours(pictures)
+    tints = colours - colours.mean(1, keepdim=True)
+    return {
+        "background": colours.var(0, unbiased=False).mean().sqrt().item(),
+        "tint": tints.var(0, unbiased=False).mean().sqrt().item(),
+    }
 
 
 def count_spikes(values: list[float]) -> int:
@@ -121,9 +149,11 @@ def measure(weights: Path, out: Path, seeds: int, scale: float | None) -> dict[s
     sample.main(argv)
     report, judged = load_samples(out / "validation")
     runs = runs_of(judged, len(report["conditions"]))
-    found = {name: [scores([run])[name].mean for run in runs] for name in MEASURES}
-    found["background"] = [spread_of_colours(run.pictures) for run in runs]
-    return {name: [round(value, 4) for value in values] for name, values in found.items()}
+    found = []
+    for run in runs:
+        measures = scores([run])
+        found.append({name: measures[name].mean for name in MEASURES} | background_spread(run.pictures))
+    return {name: [round(one[name], 4) for one in found] for name in found[0]}
 
 
 def write_grid(images: Path, path: Path):
@@ -202,7 +232,7 @@ def main():
     run = folder / "run"
 
     planned = folder / "steps.json"
-    if not planned.exists():  # once, as it comes out a little differently each time
+    if not planned.exists():  # once: it comes out a little differently each time
         write_json(planned, args.steps or steps_of(row, args.budget, args.base_seconds))
     steps = json.loads(planned.read_text())
     PRESETS[row.preset] = preset_of(row)
