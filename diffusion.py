@@ -52,18 +52,6 @@ def target_of(
     return noise
 
 
-def loss_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, min_snr_gamma: float) -> torch.Tensor:
-    """What the squared error of the prediction at `timesteps` [B] counts: [B]. Ones, or for a `min_snr_gamma`
-    above 0 what makes that of the clean picture count min(SNR, gamma) (arXiv 2303.09556, section 3.4)."""
-    if not min_snr_gamma:
-        return torch.ones_like(timesteps, dtype=torch.float32)
-    alpha_bar = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alpha_bar / (1 - alpha_bar)  # signal-to-noise ratio
-    # The squared error of the clean picture is 1 / SNR of that of the noise, 1 / (SNR + 1) of that of the velocity.
-    scale = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-    return snr.clamp(max=min_snr_gamma) / scale[noise_scheduler.config.prediction_type]
-
-
 # ------------------------------------------------------------------------------------------- steps and seeds
 
 

@@ -65,7 +65,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
                 **options,
             )
             # The first token is always seen, so that there is one also without a label.
-            self.class_embedding = nn.Embedding(1 + NUM_OBJECTS, width)
+            self.object_tokens = nn.Embedding(1 + NUM_OBJECTS, width)
             return
         self.unet = UNet2DModel(
             down_block_types=down_block_types,
@@ -75,12 +75,13 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
             **options,
         )
         if conditioning == "linear":
-            self.class_embedding = nn.Linear(NUM_OBJECTS, width)
+            self.class_embedding: nn.Module = nn.Linear(NUM_OBJECTS, width)
         elif conditioning == "mlp":
             self.class_embedding = nn.Sequential(nn.Linear(NUM_OBJECTS, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Predict what the noise scheduler says [B, 3, 64, 64] of noisy images [B, 3, 64, 64] at timesteps [B] in 0..999.
+        """Predict noise, velocity or clean images [B, 3, 64, 64] of noisy images [B, 3, 64, 64] at timesteps [B] in
+        0..999.
 
         `labels` are multi-hot [B, 24]; all zeros is the unconditional label of classifier-free guidance.
         """
@@ -89,7 +90,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
             planes = labels[:, :, None, None].expand(-1, -1, *patches.shape[2:]).to(patches)
             prediction = self.unet(torch.cat([patches, planes], 1), timesteps).sample
         elif self.config.conditioning == "tokens":
-            tokens = self.class_embedding.weight.expand(len(labels), -1, -1)
+            tokens = self.object_tokens.weight.expand(len(labels), -1, -1)
             is_seen = F.pad(labels, (1, 0), value=1.0) > 0  # [B, 1 + 24]
             prediction = self.unet(patches, timesteps, tokens, encoder_attention_mask=is_seen).sample
         else:

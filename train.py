@@ -81,7 +81,7 @@ from bookkeeping import tracking
 from bookkeeping.run import Run, announce, is_due, recipe_of
 from checkpoint import TrainingState
 from dataset import ICLEVRDataset, batch_indices, load_data, seed_of, to_float, to_uint8, write_picture
-from diffusion import generate, loss_weights, picture_seed, target_of
+from diffusion import generate, picture_seed, target_of
 from infra.device import Setup, choose_setup, explained, join_processes, new_accelerator, smaller_batch
 from infra.files import disk_errors, lock, text_sha256
 from infra.signals import clean_stop
@@ -112,6 +112,18 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
     decay = 1 - step / args.max_steps if args.lr_schedule == "linear" else 1.0
     return args.learning_rate * warmup * decay
+
+
+def loss_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, min_snr_gamma: float) -> torch.Tensor:
+    """What the squared error of the prediction at `timesteps` [B] counts: [B]. Ones, or for a `min_snr_gamma`
+    above 0 what makes that of the clean picture count min(SNR, gamma) (arXiv 2303.09556, section 3.4)."""
+    if not min_snr_gamma:
+        return torch.ones_like(timesteps, dtype=torch.float32)
+    alpha_bar = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alpha_bar / (1 - alpha_bar)  # signal-to-noise ratio
+    # The squared error of the clean picture is 1 / SNR of that of the noise, 1 / (SNR + 1) of that of the velocity.
+    scale = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=min_snr_gamma) / scale[noise_scheduler.config.prediction_type]
 
 
 # ---------------------------------------------------------------------------------------------- the training

@@ -4,8 +4,9 @@
 #   benchmarks/gpu.sh reference     # the recipe of the report, 40 epochs; its lists sampled and scored
 #   benchmarks/gpu.sh small         # the small model for longer than two CPU cores allow; its weights
 #   benchmarks/gpu.sh bench         # our loops against plain ones (speed.py)
+#   benchmarks/gpu.sh study         # the report's experiments, 40 epochs a row (docs/study.md); hours
 #   benchmarks/gpu.sh longer        # after the first two: both models for longer, the reference to 150 epochs
-#   benchmarks/gpu.sh all           # these four in this order, each until it is done
+#   benchmarks/gpu.sh all           # these five in this order, each until it is done
 #   DRY_RUN=1 benchmarks/gpu.sh all # every stage on a CPU with a few steps, in some minutes
 #
 # Time. A stage trains for LIMIT seconds at most, so that a call takes some nine minutes. If that was not enough it
@@ -48,6 +49,7 @@ reference_longer=(--epochs 150)
 few_steps=(--seeds 10 --steps 20 --sampler dpmsolver++)
 all_steps=(--seeds 2)
 seeds=(--seeds 10)
+study=()
 if [ -n "${DRY_RUN:-}" ]; then
     bench=(--models small --pairs 1 --block 1 --batch-size 4 --sample-steps 2)
     small=(--batch-size 4 --max-steps 2)
@@ -58,6 +60,7 @@ if [ -n "${DRY_RUN:-}" ]; then
     few_steps=(--num-images 2 --steps 2 --sampler dpmsolver++)
     all_steps=(--num-images 1 --steps 3)
     seeds=(--num-images 2 --steps 2)
+    study=(MLP --dry-run)
 fi
 
 # train NAME SECONDS ARGS...: trains into $WORK/NAME for so long at most. `timeout` then sends SIGTERM, train.py
@@ -118,6 +121,14 @@ stage_bench() {
     return $code
 }
 
+stage_study() {
+    local code=0
+    timeout "$LIMIT" "$python" benchmarks/study.py --budget full --out "$results" --work "$WORK/study" "${study[@]}" \
+        2>"$WORK/study.err" | tee "$results/study.md" || code=$?
+    [ $code != 124 ] || exit 75
+    return $code
+}
+
 stage_longer() {
     train small-longer "$((LIMIT / 2))" --model small --init "$WORK/small" "${small_longer[@]}"
     score_small small-longer
@@ -131,9 +142,9 @@ pack() {
     echo "stage $stage: exit code $code after $SECONDS s"
 }
 
-stage=${1:?a stage: reference, small, bench, longer or all}
+stage=${1:?a stage: reference, small, bench, study, longer or all}
 if [ "$stage" = all ]; then
-    for each in reference small bench longer; do
+    for each in reference small bench study longer; do
         code=75
         while [ $code = 75 ]; do code=0; benchmarks/gpu.sh $each || code=$?; done
         [ $code = 0 ] || exit $code

@@ -22,16 +22,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
-from studies.measure_row import seconds_per_step, slug
+from studies.measure_row import background_spread, seconds_per_step, slug
 from studies.rows import BASE, ROWS
+from studies.study_page import draw, guidance_table, search_table, seeds_table, table
 from tqdm import tqdm
 
+from dataset import load_data
 from infra.commands import InputError, command
-from infra.files import load_json, write_json
+from infra.files import load_json, lock, write_json
 from infra.signals import signals_interrupt
+from labels import load_objects
 
 SCRIPT = ROOT / "benchmarks" / "studies" / "measure_row.py"
 POLL = 5.0  # seconds
+TABLES = (table, seeds_table, guidance_table)
 
 
 @dataclass
@@ -57,8 +61,8 @@ class Job:
         """Start its process, which writes what it has to say into output.txt."""
         self.folder.mkdir(parents=True, exist_ok=True)
         line = [self.row, self.seed, "--budget", args.budget, "--work", args.work, "--base-seconds", base_seconds]
-        if args.steps:
-            line += ["--steps", args.steps]
+        if args.dry_run:
+            line.append("--dry-run")
         threads = {"OMP_NUM_THREADS": "1"} if args.budget == "quick" else {}
         with (self.folder / "output.txt").open("a") as output:
             self.process = subprocess.Popen(
@@ -74,17 +78,14 @@ def jobs_of(args: argparse.Namespace, results: dict) -> list[Job]:
     """The rows asked for that `results` lacks, each with all its training seeds."""
     known = {(one["row"], one["seed"], one["budget"]) for one in results["rows"]}
     jobs = []
-    for name in args.rows or ROWS:
-        row = ROWS[name]
-        if args.budget not in row.budgets:
-            continue
-        for seed in range(row.training_seeds):
+    for name in args.rows or [name for name in ROWS if args.budget in ROWS[name].budgets]:
+        for seed in range(ROWS[name].training_seeds):
             if (name, seed, args.budget) not in known:
-                jobs.append(Job(name, seed, args.work / slug(name, seed), row.minutes))
+                jobs.append(Job(name, seed, args.work / slug(name, seed), ROWS[name].minutes))
     return jobs
 
 
-def finish(job: Job, args: argparse.Namespace, results: dict) -> bool:
+def finish(job: Job, args: argparse.Namespace) -> bool:
     """Take in what a process has left: whether it came to its end."""
     assert job.process is not None
     result = job.folder / "result.json"
@@ -92,8 +93,10 @@ def finish(job: Job, args: argparse.Namespace, results: dict) -> bool:
         last = (job.folder / "output.txt").read_text().splitlines()[-1:]
         tqdm.write(f"{job.row}, seed {job.seed}: exit code {job.process.returncode}: {' '.join(last)}")
         return False
+    path = args.out / "results.json"
+    results = load_json(path)  # now: long_run.py may have added to it meanwhile
     results["rows"].append(load_json(result))
-    write_json(args.out / "results.json", results)
+    write_json(path, results)
     if job.seed == 0:
         (args.out / "grids").mkdir(exist_ok=True)
         shutil.copy(job.folder / "grid.png", args.out / "grids" / f"{slug(job.row, args.budget)}.png")
@@ -101,13 +104,12 @@ def finish(job: Job, args: argparse.Namespace, results: dict) -> bool:
     return True
 
 
-def run(jobs: list[Job], args: argparse.Namespace, results: dict) -> int:
+def run(jobs: list[Job], args: argparse.Namespace, base_seconds: float) -> int:
     """Run all jobs, --workers at a time; returns how many failed. When it is interrupted, their processes are
     asked to save and to end."""
     waiting = list(jobs)
     running: list[Job] = []
     failed = 0
-    base_seconds = results["base_seconds_per_step"]
     total = sum(job.minutes for job in jobs)
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} minutes of training [{elapsed}<{remaining}]"
     with tqdm(total=total, bar_format=form) as bar:
@@ -122,7 +124,7 @@ def run(jobs: list[Job], args: argparse.Namespace, results: dict) -> int:
                     assert job.process is not None
                     if job.process.poll() is not None:
                         running.remove(job)
-                        failed += not finish(job, args, results)
+                        failed += not finish(job, args)
                 left = [*waiting, *running]
                 bar.n = total - sum(job.minutes - job.minutes_done() for job in left)
                 bar.set_description(", ".join(f"{job.row} {job.seed}" for job in running))
@@ -136,20 +138,27 @@ def run(jobs: list[Job], args: argparse.Namespace, results: dict) -> int:
     return failed
 
 
+def spread_of_data() -> dict[str, float]:
+    """That of the background's colour over data/held_out.npz: the last picture of each scene."""
+    data, _ = load_data(ROOT / "data" / "held_out.npz", ROOT / "train.json", load_objects())
+    return background_spread(data.images[2::3])
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all of the budget")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="default: those of the budget")
     parser.add_argument("--budget", choices=("quick", "full"), default="quick",
                         help="quick: each row its minutes of one core; full: 40 epochs, on a GPU")  # fmt: skip
     parser.add_argument("--workers", type=int, help="rows at a time (default: quick 2, full 1)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "study", help="results (default: docs/study)")
+    parser.add_argument("--out", type=Path, help="results (default: docs/study, of a dry run runs/dry-run)")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="runs (default: runs/study)")
-    parser.add_argument("--steps", type=int, help="training steps of every row, to try it out")
+    parser.add_argument("--dry-run", action="store_true", help="a few steps and pictures a row, to try it out")
     parser.add_argument("--figures", action="store_true", help="only the table, the figures and the grids")
     args = parser.parse_args(argv)
     for name in args.rows:
         if name not in ROWS:
             parser.error(f"no row {name!r}; expected some of: {', '.join(ROWS)}")
+    args.out = args.out or (Path("runs/dry-run") if args.dry_run else ROOT / "docs" / "study")
     args.workers = args.workers or (2 if args.budget == "quick" else 1)
     return args
 
@@ -164,10 +173,20 @@ def main(argv: list[str] | None = None):
         args.out.mkdir(parents=True, exist_ok=True)
         if "base_seconds_per_step" not in results:
             torch.set_num_threads(1)
-            results["base_seconds_per_step"] = seconds_per_step(BASE, "small")
+            results["base_seconds_per_step"] = 1.0 if args.dry_run else seconds_per_step(BASE, "small")
             write_json(path, results)
-        with signals_interrupt():
-            failed = run(jobs_of(args, results), args, results)
+        with lock(args.work), signals_interrupt():
+            failed = run(jobs_of(args, results), args, results["base_seconds_per_step"])
+    results = load_json(path)
+    if "data" not in results:
+        results["data"] = spread_of_data()
+        write_json(path, results)
+    if any(one["budget"] == args.budget for one in results["rows"]):
+        draw(results, args.budget, args.out)
+        for make in TABLES:
+            print(make(results, args.budget), end="\n\n")
+    if any(one["budget"] == "search" for one in results["rows"]):
+        print(search_table(results))
     if failed:
         raise InputError(f"{failed} rows failed; their last words are above, all of them in {args.work}/*/output.txt")
 

@@ -160,7 +160,7 @@ WEIGHT_FOLDERS = [
     ("schedule: 3 timesteps", "sample", ("edit", SCHEDULER, {"num_train_timesteps": 3}),
      f"{SCHEDULER}, num_train_timesteps: expected 1000"),
     ("schedule: a prediction that we do not know", "sample",
-     ("edit", SCHEDULER, {"prediction_type": "sample"}),
+     ("edit", SCHEDULER, {"prediction_type": "flow"}),
      f"{SCHEDULER}, prediction_type: expected epsilon or"),
     ("schedule: betas that there are not", "sample", ("edit", SCHEDULER, {"beta_schedule": "x"}),
      f"{SCHEDULER}: no noise schedule"),

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in BENCHMARKS.rglob("*.py"))
 NOT_COMMANDS = ["benchmarks/baselines.py"]
-STAGES = ("reference", "small", "bench", "longer")
+STAGES = ("reference", "small", "bench", "study", "longer")
 LISTS = ("test", "new_test")
 
 
@@ -45,12 +45,6 @@ def test_a_study_prints_the_table_in_the_docs_and_samples_nothing_that_its_file_
     assert (tmp_path / f"{study}.json").read_text() == stored
     assert (tmp_path / f"{study}.png").stat().st_size > 5000
     assert table in (ROOT / "docs" / "speed.md").read_text() + (ROOT / "weights" / "README.md").read_text()
-
-
-def test_the_search_prints_a_row_for_each_result():
-    results = json.loads((ROOT / "docs" / "search.json").read_text())
-    head = 2
-    assert len(run_script("benchmarks/studies/search.py", "table").splitlines()) == head + len(results)
 
 
 # ---------------------------------------------------------------------------------------------------- gpu.sh
@@ -102,6 +96,12 @@ def test_the_dry_run_leaves_strips_curves_and_weights(results):
     for curve in ("small/small.png", "reference/reference.png", "longer/small-longer.png"):
         assert (results / curve).stat().st_size > 5000
     assert (results / "small" / "small" / "weights" / "metadata.json").exists()
+
+
+def test_the_study_leaves_a_row_of_the_full_budget(results):
+    (row,) = json.loads((results / "study" / "results.json").read_text())["rows"]
+    assert (row["row"], row["budget"]) == ("MLP", "full") and row["points"][-1]["accuracy"]
+    assert (results / "study" / "grids" / "mlp-full.png").stat().st_size > 1000
 
 
 def test_the_bench_prints_every_ratio(results):

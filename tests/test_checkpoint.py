@@ -14,23 +14,23 @@ import pytest
 import torch
 from children import wait_for
 from conftest import METADATA, listing
-from runs import assert_same_end, assert_unchanged, contents
 
 import checkpoint
 import train
 from checkpoint import TrainingState, checkpoints, load_weights, write_weights
 from infra.commands import InputError
 from model import build
+from runs import assert_same_end, assert_unchanged, contents
 
 # ---------------------------------------------------------------------------------------------- a run goes on
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_stopped_after_any_step_ends_as_one_without_a_stop(argv, tmp_path, monkeypatch, tried, optimizer):
+def test_a_run_stopped_after_any_step_ends_as_one_without_a_stop(argv, tmp_path, tried, optimizer):
     """Twelve pictures in steps of eight: most of the stops are in the middle of an epoch."""
     common = ["--optimizer", optimizer, "--max-steps", 13]
-    train.main(argv(tmp_path / "whole", *common, "--save-every", 1))
+    train.main(argv(tmp_path / "whole", *common, "--save-every", 1, "--keep-checkpoints", 100))
     log = (tmp_path / "whole" / "log.jsonl").read_text()
     for step in range(1, 13):
         part = tmp_path / str(step)

@@ -53,22 +53,24 @@ def test_timesteps_below_any_start_are_as_many_as_steps(start):
 
 
 class KnowingNetwork:
-    """A network that knows the picture [3, 8, 8], and so predicts the noise (or the velocity) that there is.
+    """A network that knows the picture [3, 8, 8], and so predicts what there is: noise, velocity or the picture.
     It keeps the timesteps that it was asked for."""
 
     def __init__(self, noise_scheduler, picture: torch.Tensor):
         alpha_bar = noise_scheduler.alphas_cumprod.double().view(-1, 1, 1, 1)
         self.signals = alpha_bar.sqrt()  # [1000, 1, 1, 1], the share of the picture at each timestep
         self.rates = (1 - alpha_bar).sqrt()  # and that of the noise
-        self.is_of_noise = noise_scheduler.config.prediction_type == "epsilon"
+        self.prediction_type = noise_scheduler.config.prediction_type
         self.picture = picture
         self.asked: list[int] = []
 
     def __call__(self, images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         self.asked.append(timesteps[0].item())
         noise = self.noise_in(images, timesteps)
-        if self.is_of_noise:
+        if self.prediction_type == "epsilon":
             return noise.float()
+        if self.prediction_type == "sample":
+            return self.picture.expand_as(images).float()
         return (self.signals[timesteps] * noise - self.rates[timesteps] * self.picture).float()
 
     def noise_in(self, images: torch.Tensor, timesteps) -> torch.Tensor:
@@ -77,7 +79,7 @@ class KnowingNetwork:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_each_step_goes_to_the_next_timestep_and_the_last_one_to_the_clear_picture(
     sampler, prediction_type, monkeypatch
@@ -106,6 +108,39 @@ def test_each_step_goes_to_the_next_timestep_and_the_last_one_to_the_clear_pictu
             assert away.abs().max() < tolerance, steps
         assert (noises.std((1, 2, 3)) - 1).abs().max() < 0.35, steps  # of 192 numbers
         assert (last - picture).abs().max() < (tolerance if steps == 1 else 1e-5), steps
+
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def targets_of(prediction_type: str, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor):
+    """The noise scheduler of `small` with another prediction, and what is then to be predicted."""
+    noise_scheduler = build("small")[1]
+    noise_scheduler.register_to_config(prediction_type=prediction_type)
+    return noise_scheduler, diffusion.target_of(noise_scheduler, clean, noise, timesteps)
+
+
+def test_guidance_by_the_evaluator_moves_the_picture_alike_whatever_is_predicted():
+    judge = evaluator.evaluation_model(ROOT / "weights" / "evaluator.pth", "cpu").resnet18
+    clean, noise = torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    t = torch.tensor(400)
+    moved = []
+    for prediction_type in PREDICTIONS:
+        noise_scheduler, target = targets_of(prediction_type, clean, noise, t[None])
+        noisy = noise_scheduler.add_noise(clean, noise, t[None])
+        gradient = diffusion.evaluator_gradient(judge, noise_scheduler, noisy, target, t, LABELS[:1])
+        guided = target - gradient
+        signal = noise_scheduler.alphas_cumprod[t].sqrt()
+        rate = (1 - noise_scheduler.alphas_cumprod[t]).sqrt()
+        pictures = {
+            "epsilon": (noisy - rate * guided) / signal,
+            "v_prediction": signal * noisy - rate * guided,
+            "sample": guided,
+        }
+        moved.append(pictures[prediction_type] - clean)
+    assert moved[0].abs().max() > 1e-4
+    for other in moved[1:]:
+        torch.testing.assert_close(other, moved[0], rtol=0.02, atol=2e-5)
 
 
 @pytest.mark.slow

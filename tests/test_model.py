@@ -35,12 +35,35 @@ def test_a_network_predicts_bit_for_bit_the_same_after_its_way_to_disk_and_back(
     assert metadata == METADATA
 
 
-def test_the_label_changes_the_prediction():
+CONDITIONINGS = ("linear", "mlp", "planes", "tokens")
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_each_object_changes_the_prediction_and_is_trained(conditioning, tmp_path):
     torch.manual_seed(1)
-    model, _ = build("small")
+    model = ConditionalUNet(**PRESETS["small"]["network"], conditioning=conditioning)
     images, timesteps, labels = inputs()
+    labels[1] = 0  # no label
+    model(images, timesteps, labels).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
     with torch.no_grad():
-        assert not torch.equal(model(images, timesteps, labels), model(images, timesteps, 0 * labels))
+        expected = model(images, timesteps, labels)
+        for i in range(24):
+            changed = labels.clone()
+            changed[:, i] = 1 - labels[:, i]
+            differences = (model(images, timesteps, changed) - expected).abs().amax((1, 2, 3))
+            assert (differences > 1e-5).all(), i
+        # A picture's label says nothing to the other pictures of a batch.
+        alone = model(images[:1], timesteps[:1], labels[:1])
+        torch.testing.assert_close(alone, expected[:1], rtol=0, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        again = ConditionalUNet.from_pretrained(tmp_path)(images, timesteps, labels)
+        torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
+
+
+def test_a_conditioning_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="no conditioning words"):
+        ConditionalUNet(conditioning="words")
 
 
 def test_the_reference_preset_is_the_network_and_recipe_of_the_report():
@@ -72,11 +95,13 @@ def gradients_of(output: torch.Tensor, network: torch.nn.Module) -> list[torch.T
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["small", "reference"])
-def test_the_network_compiles_into_one_graph(preset):
+@pytest.mark.parametrize(
+    ("preset", "conditioning"), [("reference", "linear"), ("small", "linear"), ("small", "tokens")]
+)
+def test_the_network_compiles_into_one_graph(preset, conditioning):
     """Prepared by accelerate as train.py does it; a break in the graph would raise."""
     blocks = build(preset)[0].config.block_out_channels
-    narrow = {**PRESETS[preset]["network"], "block_out_channels": [32] * len(blocks)}
+    narrow = {**PRESETS[preset]["network"], "block_out_channels": [32] * len(blocks), "conditioning": conditioning}
     network = ConditionalUNet(**narrow).train()
     prepared = new_accelerator(mixed_precision="no").prepare_model(network)
     compiled = torch.compile(prepared, backend="aot_eager", fullgraph=True, dynamic=False)

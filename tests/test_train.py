@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SHIPPED, TINY, TORCHRUN
-from runs import log_of, tensors
 from safetensors.torch import load_file
 
 import checkpoint
@@ -15,8 +14,11 @@ import train
 from bookkeeping import run as bookkeeping
 from checkpoint import checkpoints, load_weights
 from dataset import batch_indices
+from diffusion import target_of
 from infra.files import load_json
 from model import build
+from options import PRESETS
+from runs import log_of, tensors
 
 
 def start(pictures: Path, out: Path, *more):
@@ -67,9 +69,49 @@ def test_every_picture_is_seen_once_per_epoch():
 def test_checkpoints_are_saved_by_the_clock_unless_save_every_names_steps(argv, tmp_path, monkeypatch):
     train.main(argv(tmp_path / "end", "--max-steps", 3))
     monkeypatch.setattr(bookkeeping, "SAVE_EVERY", 0)
-    train.main(argv(tmp_path / "all", "--max-steps", 3))
+    train.main(argv(tmp_path / "all", "--max-steps", 3, "--keep-checkpoints", 3))
+    train.main(argv(tmp_path / "two", "--max-steps", 3, "--log-every", 2))
     assert [c.name for c in checkpoints(tmp_path / "end")] == ["checkpoint-0000003"]
     assert len(checkpoints(tmp_path / "all")) == 3
+    assert [c.name for c in checkpoints(tmp_path / "two")] == ["checkpoint-0000002", "checkpoint-0000003"]
+    assert [entry["step"] for entry in log_of(tmp_path / "two")] == [2, 3]
+
+
+def test_min_snr_weighs_an_error_of_the_picture_alike_whatever_is_predicted():
+    """As in section 3.4 of the paper: min(SNR, gamma) times the squared error of the clean picture."""
+    generator = torch.Generator().manual_seed(0)
+    clean, wrong, noisy = torch.randn(3, 5, 3, 8, 8, generator=generator, dtype=torch.float64)
+    timesteps = torch.tensor([5, 100, 300, 600, 900])
+    noise_scheduler = build("small")[1]
+    alpha_bar = noise_scheduler.alphas_cumprod.double()[timesteps].view(-1, 1, 1, 1)
+    snr = (alpha_bar / (1 - alpha_bar)).flatten()
+    expected = snr.clamp(max=5) * (clean - wrong).square().mean((1, 2, 3))
+    for prediction_type in ("epsilon", "v_prediction", "sample"):
+        noise_scheduler.register_to_config(prediction_type=prediction_type)
+        targets = []
+        for picture in (clean, wrong):  # that the same noisy picture is taken to come from
+            noise = (noisy - alpha_bar.sqrt() * picture) / (1 - alpha_bar).sqrt()
+            targets.append(target_of(noise_scheduler, picture, noise, timesteps))
+        weights = train.loss_weights(noise_scheduler, timesteps, 5.0)
+        found = weights * (targets[0] - targets[1]).square().mean((1, 2, 3))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert torch.equal(train.loss_weights(noise_scheduler, timesteps, 0.0), torch.ones(5))
+
+
+@pytest.mark.slow
+def test_min_snr_and_every_prediction_are_trained_and_kept(pictures, tmp_path, monkeypatch):
+    for prediction_type in ("epsilon", "v_prediction", "sample"):
+        scheduler = PRESETS["small"]["scheduler"] | {"prediction_type": prediction_type}
+        monkeypatch.setitem(PRESETS["small"], "scheduler", scheduler)
+        losses = []
+        for gamma in (0, 5):
+            run = tmp_path / f"{prediction_type}-{gamma}"
+            start(pictures, run, "--max-steps", 1, "--min-snr-gamma", gamma)
+            losses.append(log_of(run)[0]["loss"])
+            _, noise_scheduler, metadata = load_weights(run)
+            assert noise_scheduler.config.prediction_type == prediction_type
+            assert metadata["recipe"]["min_snr_gamma"] == gamma
+        assert losses[1] != losses[0] > 0
 
 
 @pytest.mark.slow

@@ -15,8 +15,9 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from steps import sweep
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from studies.steps import sweep
 
 from report.metrics import load_samples, runs_of, scores
 

@@ -46,6 +46,7 @@ TIMED = 5  # steps
 SPIKE = 2.0  # times the median around it
 AROUND = 50  # steps to each side
 CURVE_POINTS = 60
+DRY_SAMPLING = ["--num-images", 4, "--steps", 2]
 MEASURES = ("accuracy", "exact_set", "second_judge", "both")
 
 
@@ -141,12 +142,10 @@ def curve(log: list[dict]) -> dict[str, list[float]]:
     }
 
 
-def measure(weights: Path, out: Path, seeds: int, scale: float | None) -> dict[str, list[float]]:
-    """Sample validation.json with the weights of a checkpoint; every measure, one value a sampling seed."""
-    argv = ["--mode", "validation", "--weights", str(weights), "--out", str(out), "--seeds", str(seeds)]
-    if scale is not None:
-        argv += ["--guidance-scale", str(scale)]
-    sample.main(argv)
+def measure(weights: Path, out: Path, options: list) -> dict[str, list[float]]:
+    """Sample validation.json with the weights of a checkpoint and `options` of sample.py: every measure, one
+    value a sampling seed."""
+    sample.main(["--mode", "validation", "--weights", str(weights), "--out", str(out), *map(str, options)])
     report, judged = load_samples(out / "validation")
     runs = runs_of(judged, len(report["conditions"]))
     found = []
@@ -157,8 +156,10 @@ def measure(weights: Path, out: Path, seeds: int, scale: float | None) -> dict[s
 
 
 def write_grid(images: Path, path: Path):
-    """Every fourth of the pictures of the first seed: 16 of the 64 conditions."""
-    write_picture(path, make_grid(torch.stack([read_picture(images / f"{i}.png") for i in range(0, 64, 4)]), nrow=8))
+    """Every fourth of the 64 pictures of the first seed, 16 in all."""
+    chosen = [images / f"{i}.png" for i in range(0, 64, 4)]
+    pictures = [read_picture(one) for one in chosen if one.exists()]
+    write_picture(path, make_grid(torch.stack(pictures), nrow=8))
 
 
 def machine() -> str:
@@ -194,20 +195,22 @@ def train_row(row: Row, run: Path, seed: int, steps: int):
         write_json(spent, before + time.process_time() - start)
 
 
-def measure_points(row: Row, run: Path, folder: Path) -> tuple[list[dict], dict]:
+def measure_points(row: Row, run: Path, folder: Path, is_dry: bool) -> tuple[list[dict], dict]:
     """Sample at each checkpoint of a run, and at the last one with other guidance scales too. What is measured
     already is kept in points.json."""
     path = folder / "points.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    saved = [one for one in checkpoints(run) if step_of(one) > 0]
-    wanted: list[tuple[str, Path, int, float | None]] = [(str(step_of(one)), one, 1, None) for one in saved[:-1]]
-    wanted.append(("last", saved[-1], SAMPLING_SEEDS, None))
-    wanted += [(f"guidance {scale:g}", saved[-1], SAMPLING_SEEDS, scale) for scale in row.guidance_scales]
-    for key, weights, seeds, scale in wanted:
+    saved = checkpoints(run)
+    many = DRY_SAMPLING if is_dry else ["--seeds", SAMPLING_SEEDS]
+    few = DRY_SAMPLING if is_dry else []
+    wanted: list[tuple[str, Path, list]] = [(str(step_of(one)), one, few) for one in saved[:-1]]
+    wanted.append(("last", saved[-1], many))
+    wanted += [(f"guidance {scale:g}", saved[-1], [*many, "--guidance-scale", scale]) for scale in row.guidance_scales]
+    for key, weights, options in wanted:
         if key not in known:
             images = folder / f"images-{key.replace(' ', '-')}"
-            shutil.rmtree(images, ignore_errors=True)
-            known[key] = measure(weights, images, seeds, scale)
+            shutil.rmtree(images, ignore_errors=True)  # of an earlier call
+            known[key] = measure(weights, images, options)
             if key == "last":
                 write_grid(images / "validation", folder / "grid.png")
             shutil.rmtree(images)
@@ -223,7 +226,7 @@ def main():
     parser.add_argument("seed", type=int)
     parser.add_argument("--budget", choices=("quick", "full"), default="quick")
     parser.add_argument("--base-seconds", type=float, default=1.0, help="CPU seconds of a step of the base")
-    parser.add_argument("--steps", type=int, help="training steps, in place of those of the budget")
+    parser.add_argument("--dry-run", action="store_true", help="a few steps and pictures, to try it out")
     parser.add_argument("--work", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
     row = ROWS[args.row]
@@ -233,11 +236,13 @@ def main():
 
     planned = folder / "steps.json"
     if not planned.exists():  # once: it comes out a little differently each time
-        write_json(planned, args.steps or steps_of(row, args.budget, args.base_seconds))
+        write_json(planned, POINTS if args.dry_run else steps_of(row, args.budget, args.base_seconds))
     steps = json.loads(planned.read_text())
     PRESETS[row.preset] = preset_of(row)
+    if args.dry_run:
+        PRESETS[row.preset]["training"]["batch_size"] = 4
     train_row(row, run, args.seed, steps)
-    points, guidance = measure_points(row, run, folder)
+    points, guidance = measure_points(row, run, folder, args.dry_run)
 
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     batch_size = PRESETS[row.preset]["training"]["batch_size"]

@@ -7,7 +7,11 @@ to 103, so that scale and interval may be chosen by it. What docs/negatives.json
 again. Ten minutes on two cores.
 """
 
-from guidance import compare
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from studies.guidance import compare
 
 RUNS = [(0.0, 0, 1000)]  # negative scale, interval
 RUNS += [(scale, low, high) for low, high in ((500, 800), (350, 1000)) for scale in (2.0, 4.0, 6.0, 8.0)]
