@@ -11,7 +11,8 @@ from conftest import ROOT
 pytestmark = pytest.mark.slow
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in BENCHMARKS.rglob("*.py"))
-NOT_COMMANDS = ["benchmarks/baselines.py"]
+PARTS_OF_STUDY = [f"benchmarks/studies/{name}.py" for name in ("rows", "measure_row", "study_page")]
+NOT_COMMANDS = ["benchmarks/baselines.py", *PARTS_OF_STUDY]
 STAGES = ("reference", "small", "bench", "study", "longer")
 LISTS = ("test", "new_test")
 

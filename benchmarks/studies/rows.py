@@ -86,7 +86,6 @@ ROWS: dict[str, Row] = {
         "the report", REPORT | {"network": TINY | ADDED}, minutes=60, training_seeds=2
     ),
     "report's recipe, mixed (32, 64, 64)": Row("the report", REPORT, preset="tiny-mixed", minutes=60),
-    "(32, 64, 64), patches, an hour": Row("the report", {"network": TINY}, minutes=60, budgets=QUICK),
     "report's recipe, (32, 64, 64)": Row("the report", REPORT, preset="tiny-attention", budgets=FULL),
     "reference": Row("the report", REPORT, preset="reference", budgets=FULL),
     # Run only when they are named. Most were in the search for the preset `small` (docs/study.md).
