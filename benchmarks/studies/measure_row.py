@@ -126,10 +126,10 @@ def background_spread(pictures: torch.Tensor) -> dict[str, float]:
 
 
 def count_spikes(values: list[float]) -> int:
-    """How many values are more than SPIKE times the median of the AROUND values to each side."""
-    padded = np.pad(np.array(values), AROUND, mode="reflect" if len(values) > AROUND else "edge")
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * AROUND + 1), axis=1)
-    return int((np.array(values) > SPIKE * medians).sum())
+    """How many values are more than SPIKE times the median of the AROUND values to each side. The first AROUND
+    values do not count, since loss and gradient fall fast at the start of a training."""
+    medians = [statistics.median(values[max(0, i - AROUND) : i + AROUND + 1]) for i in range(len(values))]
+    return sum(values[i] > SPIKE * medians[i] for i in range(AROUND, len(values)))
 
 
 def curve(log: list[dict]) -> dict[str, list[float]]:
