@@ -11,6 +11,7 @@ The same command goes on where it stopped. Ends by writing the table, the figure
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,13 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
-from studies.measure_row import background_spread, seconds_per_step, slug
+from studies.measure_row import background_spread, seconds_per_step
 from studies.rows import BASE, ROWS
 from studies.study_page import draw, guidance_table, search_table, seeds_table, table
 from tqdm import tqdm
 
 from dataset import load_data
-from infra.commands import InputError, command
+from infra.commands import InputError, command, number
 from infra.files import load_json, lock, write_json
 from infra.signals import signals_interrupt
 from labels import load_objects
@@ -60,7 +61,7 @@ class Job:
     def start(self, args: argparse.Namespace, base_seconds: float):
         """Start its process, which writes what it has to say into output.txt."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = [self.row, self.seed, "--budget", args.budget, "--work", args.work, "--base-seconds", base_seconds]
+        line = [self.row, self.seed, self.folder, "--budget", args.budget, "--base-seconds", base_seconds]
         if args.dry_run:
             line.append("--dry-run")
         threads = {"OMP_NUM_THREADS": "1"} if args.budget == "quick" else {}
@@ -74,6 +75,11 @@ class Job:
             )
 
 
+def slug(*parts) -> str:
+    """A name for a file or folder made of these words and numbers."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, parts)).lower()).strip("-")
+
+
 def jobs_of(args: argparse.Namespace, results: dict) -> list[Job]:
     """The rows asked for that `results` lacks, each with all its training seeds."""
     known = {(one["row"], one["seed"], one["budget"]) for one in results["rows"]}
@@ -81,7 +87,8 @@ def jobs_of(args: argparse.Namespace, results: dict) -> list[Job]:
     for name in args.rows or [name for name in ROWS if args.budget in ROWS[name].budgets]:
         for seed in range(ROWS[name].training_seeds):
             if (name, seed, args.budget) not in known:
-                jobs.append(Job(name, seed, args.work / slug(name, seed), ROWS[name].minutes))
+                folder = args.work / ("dry-run" if args.dry_run else args.budget) / slug(name, seed)
+                jobs.append(Job(name, seed, folder, ROWS[name].minutes))
     return jobs
 
 
@@ -149,7 +156,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="default: those of the budget")
     parser.add_argument("--budget", choices=("quick", "full"), default="quick",
                         help="quick: each row its minutes of one core; full: 40 epochs, on a GPU")  # fmt: skip
-    parser.add_argument("--workers", type=int, help="rows at a time (default: quick 2, full 1)")
+    parser.add_argument("--workers", type=number(int, 1), help="rows at a time (default: quick 2, full 1)")
     parser.add_argument("--out", type=Path, help="results (default: docs/study, of a dry run runs/dry-run)")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="runs (default: runs/study)")
     parser.add_argument("--dry-run", action="store_true", help="a few steps and pictures a row, to try it out")
@@ -188,7 +195,7 @@ def main(argv: list[str] | None = None):
     if any(one["budget"] == "search" for one in results["rows"]):
         print(search_table(results))
     if failed:
-        raise InputError(f"{failed} rows failed; their last words are above, all of them in {args.work}/*/output.txt")
+        raise InputError(f"{failed} rows failed; their last words are above, all of them in {args.work}/*/*/output.txt")
 
 
 if __name__ == "__main__":

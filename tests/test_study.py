@@ -14,7 +14,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import study
 from studies import study_page
-from studies.measure_row import background_spread, count_spikes, slug
+from studies.measure_row import background_spread, count_spikes
 from studies.rows import BASE, ROWS, preset_of
 
 import train
@@ -36,7 +36,7 @@ def test_a_row_is_a_whole_preset_with_a_network(name):
 
 
 def test_rows_have_folders_of_their_own():
-    folders = [slug(name, seed) for name in ROWS for seed in range(3)]
+    folders = [study.slug(name, seed) for name in ROWS for seed in range(3)]
     assert len(set(folders)) == len(folders)
 
 
@@ -78,7 +78,7 @@ def start(folder, *rows) -> subprocess.Popen:
 def test_two_rows_go_on_where_they_were_stopped_and_are_run_once(tmp_path):
     rows = ("MLP", "label dropout 0")
     first = start(tmp_path, *rows)
-    while not list(tmp_path.glob("work/*/run/log.jsonl")):  # until one trains
+    while not list(tmp_path.glob("work/*/*/run/log.jsonl")):  # until one trains
         assert first.poll() is None, first.communicate()
         time.sleep(0.2)
     first.send_signal(signal.SIGTERM)

@@ -1,8 +1,8 @@
 """Train one row of the study with one seed, and measure it: the process that benchmarks/study.py starts.
 
-    OMP_NUM_THREADS=1 python benchmarks/studies/measure_row.py "MLP" 0 --budget quick --work runs/study
+    OMP_NUM_THREADS=1 python benchmarks/studies/measure_row.py "MLP" 0 runs/study/quick/mlp-0
 
-Leaves result.json and grid.png in the row's folder. The same command goes on where it was stopped. Steps:
+Leaves result.json, grid.png and the run in that folder. The same command goes on where it was stopped. Steps:
 choose the number of training steps, train with train.py, sample with sample.py at each checkpoint, judge.
 """
 
@@ -175,11 +175,6 @@ def machine() -> str:
 # ----------------------------------------------------------------------------------------------------- the row
 
 
-def slug(name: str, seed: int) -> str:
-    """The name of the folder of a row with a training seed."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{name} {seed}".lower()).strip("-")
-
-
 def train_row(row: Row, run: Path, seed: int, steps: int):
     """Train with train.py, and add up the CPU seconds that it took, over all calls."""
     every = math.ceil(steps / POINTS)
@@ -224,13 +219,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("row", choices=ROWS)
     parser.add_argument("seed", type=int)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--budget", choices=("quick", "full"), default="quick")
     parser.add_argument("--base-seconds", type=float, default=1.0, help="CPU seconds of a step of the base")
     parser.add_argument("--dry-run", action="store_true", help="a few steps and pictures, to try it out")
-    parser.add_argument("--work", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
     row = ROWS[args.row]
-    folder = args.work / slug(args.row, args.seed)
+    folder = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     run = folder / "run"
 
