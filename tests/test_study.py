@@ -89,7 +89,7 @@ def test_two_rows_go_on_where_they_were_stopped_and_are_run_once(tmp_path):
     found = [(one["row"], one["seed"]) for one in results["rows"]]
     assert sorted(found) == [("MLP", 0), ("label dropout 0", 0)], errors
     for one in results["rows"]:
-        assert one["steps"] == 4 and one["cpu_seconds"] > 0
+        assert one["steps"] == 4 and one["seconds"] > 0
         assert [point["pictures"] for point in one["points"]] == [4, 8, 12, 16]
         for point in one["points"]:
             assert 0 <= point["both"][0] <= point["exact_set"][0] <= 1 and point["tint"][0] > 0

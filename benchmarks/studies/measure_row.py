@@ -33,7 +33,7 @@ import train
 from checkpoint import checkpoints, step_of
 from dataset import read_picture, write_picture
 from infra.device import choose_setup, device_name, join_processes
-from infra.files import write_json
+from infra.files import load_json, write_json
 from labels import load_labels, load_objects
 from options import NUM_OBJECTS, PRESETS
 from report.metrics import load_samples, runs_of, scores
@@ -176,25 +176,27 @@ def machine() -> str:
 
 
 def train_row(row: Row, run: Path, seed: int, steps: int):
-    """Train with train.py, and add up the CPU seconds that it took, over all calls."""
+    """Train with train.py, and add up the seconds that it took, over all calls: of the CPU, or by the clock where
+    a GPU does the work."""
     every = math.ceil(steps / POINTS)
     argv = ["--model", row.preset, "--out", str(run), "--seed", str(seed), "--max-steps", str(steps)]
     argv += ["--save-every", str(every), "--keep-checkpoints", str(POINTS + 1)]
     argv += ["--log-every", "1", "--sample-every", "0"]
     spent = run.with_name("seconds.json")
-    before = json.loads(spent.read_text()) if spent.exists() else 0.0
-    start = time.process_time()
+    before = load_json(spent) if spent.exists() else 0.0
+    clock = time.process_time if join_processes().device.type == "cpu" else time.perf_counter
+    start = clock()
     try:
         train.main(argv)
     finally:
-        write_json(spent, before + time.process_time() - start)
+        write_json(spent, before + clock() - start)
 
 
 def measure_points(row: Row, run: Path, folder: Path, is_dry: bool) -> tuple[list[dict], dict]:
     """Sample at each checkpoint of a run, and at the last one with other guidance scales too. What is measured
     already is kept in points.json."""
     path = folder / "points.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = load_json(path) if path.exists() else {}
     saved = checkpoints(run)
     many = DRY_SAMPLING if is_dry else ["--seeds", SAMPLING_SEEDS]
     few = DRY_SAMPLING if is_dry else []
@@ -232,7 +234,7 @@ def main():
     planned = folder / "steps.json"
     if not planned.exists():  # once: it comes out a little differently each time
         write_json(planned, POINTS if args.dry_run else steps_of(row, args.budget, args.base_seconds))
-    steps = json.loads(planned.read_text())
+    steps = load_json(planned)
     PRESETS[row.preset] = preset_of(row)
     if args.dry_run:
         PRESETS[row.preset]["training"]["batch_size"] = 4
@@ -241,7 +243,6 @@ def main():
 
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     batch_size = PRESETS[row.preset]["training"]["batch_size"]
-    cpu_seconds = json.loads((folder / "seconds.json").read_text())
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     result = {
         "row": args.row,
@@ -252,7 +253,7 @@ def main():
         "date": time.strftime("%Y-%m-%d"),
         "steps": steps,
         "pictures": steps * batch_size,
-        "cpu_seconds": round(cpu_seconds),
+        "seconds": round(load_json(folder / "seconds.json")),
         "loss_spikes": count_spikes([entry["loss"] for entry in log]),
         "gradient_spikes": count_spikes([entry["gradient_norm"] for entry in log]),
         "points": [{"pictures": point.pop("step") * batch_size, **point} for point in points],

@@ -44,9 +44,7 @@ def mean_and_deviation(runs: list[dict], name: str) -> str:
 def table(results: dict, budget: str) -> str:
     """A line for each row: means over all its training and sampling seeds."""
     lines = [
-        "| row | training seeds | pictures | CPU minutes | "
-        + " | ".join(NAMES.values())
-        + " | spikes: loss | gradient |",
+        "| row | training seeds | pictures | minutes | " + " | ".join(NAMES.values()) + " | spikes: loss | gradient |",
         "|---" * (6 + len(NAMES)) + "|",
     ]
     factor = ""
@@ -58,7 +56,7 @@ def table(results: dict, budget: str) -> str:
             name,
             str(len(runs)),
             f"{statistics.mean(one['pictures'] for one in runs):,.0f}",
-            f"{statistics.mean(one['cpu_seconds'] for one in runs) / 60:.0f}",
+            f"{statistics.mean(one['seconds'] for one in runs) / 60:.0f}",
             *(mean_and_deviation(runs, measure) for measure in NAMES),
             *(f"{statistics.mean(one[kind] for one in runs):g}" for kind in ("loss_spikes", "gradient_spikes")),
         ]
@@ -133,12 +131,12 @@ def draw_curves(results: dict, budget: str, path: Path):
             for i in range(len(runs[0]["points"]))
         ]
         pictures = [point["pictures"] for point in runs[0]["points"]]
-        minutes = statistics.mean(one["cpu_seconds"] for one in runs) / 60
+        minutes = statistics.mean(one["seconds"] for one in runs) / 60
         style = {"marker": "os^v"[number // 10 % 4], "color": f"C{number % 10}", "label": name}
         panels[0].plot(pictures, points, **style)
         panels[1].plot([minutes * count / pictures[-1] for count in pictures], points, **style)
     label_axes(panels[0], "pictures seen", "accuracy on validation.json")
-    label_axes(panels[1], "minutes of CPU time", "")
+    label_axes(panels[1], "minutes of CPU time" if budget == "quick" else "minutes", "")
     panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
     plt.close(figure)
