@@ -75,7 +75,7 @@ def start(folder, *rows) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_two_rows_go_on_where_they_were_stopped_and_are_run_once(tmp_path):
+def test_two_rows_go_on_where_they_were_stopped_and_are_run_once(tmp_path, capsys):
     rows = ("MLP", "label dropout 0")
     first = start(tmp_path, *rows)
     while not list(tmp_path.glob("work/*/*/run/log.jsonl")):  # until one trains
@@ -98,7 +98,8 @@ def test_two_rows_go_on_where_they_were_stopped_and_are_run_once(tmp_path):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
     assert "| MLP | 1 | 16 |" in output
 
-    again, _ = start(tmp_path, *rows).communicate(timeout=600)
+    study.main([*rows, "--dry-run", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")])
+    again = capsys.readouterr().out
     assert again and output.endswith(again)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
