@@ -178,9 +178,9 @@ def machine() -> str:
 def train_row(row: Row, run: Path, seed: int, steps: int):
     """Train with train.py, and add up the seconds that it took, over all calls: of the CPU, or by the clock where
     a GPU does the work."""
-    every = math.ceil(steps / POINTS)
     argv = ["--model", row.preset, "--out", str(run), "--seed", str(seed), "--max-steps", str(steps)]
-    argv += ["--save-every", str(every), "--keep-checkpoints", str(POINTS + 1)]
+    # All are kept: those of a stop, which are not measured, may come between.
+    argv += ["--save-every", str(math.ceil(steps / POINTS)), "--keep-checkpoints", "1000"]
     argv += ["--log-every", "1", "--sample-every", "0"]
     spent = run.with_name("seconds.json")
     before = load_json(spent) if spent.exists() else 0.0
@@ -192,12 +192,12 @@ def train_row(row: Row, run: Path, seed: int, steps: int):
         write_json(spent, before + clock() - start)
 
 
-def measure_points(row: Row, run: Path, folder: Path, is_dry: bool) -> tuple[list[dict], dict]:
+def measure_points(row: Row, run: Path, folder: Path, steps: int, is_dry: bool) -> tuple[list[dict], dict]:
     """Sample at each checkpoint of a run, and at the last one with other guidance scales too. What is measured
     already is kept in points.json."""
     path = folder / "points.json"
     known = load_json(path) if path.exists() else {}
-    saved = checkpoints(run)
+    saved = [one for one in checkpoints(run) if step_of(one) in (steps, *range(0, steps, math.ceil(steps / POINTS)))]
     many = DRY_SAMPLING if is_dry else ["--seeds", SAMPLING_SEEDS]
     few = DRY_SAMPLING if is_dry else []
     wanted: list[tuple[str, Path, list]] = [(str(step_of(one)), one, few) for one in saved[:-1]]
@@ -239,7 +239,7 @@ def main():
     if args.dry_run:
         PRESETS[row.preset]["training"]["batch_size"] = 4
     train_row(row, run, args.seed, steps)
-    points, guidance = measure_points(row, run, folder, args.dry_run)
+    points, guidance = measure_points(row, run, folder, steps, args.dry_run)
 
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     batch_size = PRESETS[row.preset]["training"]["batch_size"]
