@@ -18,6 +18,7 @@ import gc
 import itertools
 import json
 import math
+import platform
 import statistics
 import sys
 import tempfile
@@ -60,10 +61,13 @@ HEADER = (
 
 
 def device_name(device: torch.device) -> str:
+    """The GPU, or the processor with the instructions that PyTorch uses on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(": ")[1] for line in lines if "model name" in line]
+    names = [platform.processor()]
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(": ")[1] for line in lines if "model name" in line] or names
     return f"{names[0]} ({torch.backends.cpu.get_cpu_capability()})"
 
 

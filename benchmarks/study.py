@@ -48,7 +48,6 @@ class Job:
     seed: int
     folder: Path
     minutes: float
-    process: subprocess.Popen | None = None
 
     def minutes_done(self) -> float:
         """By the log of its training. Sampling and judging are not counted."""
@@ -58,7 +57,7 @@ class Job:
             return 0.0
         return self.minutes * min(1.0, log.read_bytes().count(b"\n") / load_json(planned))
 
-    def start(self, args: argparse.Namespace, base_seconds: float):
+    def start(self, args: argparse.Namespace, base_seconds: float) -> subprocess.Popen:
         """Start its process, which writes what it has to say into output.txt."""
         self.folder.mkdir(parents=True, exist_ok=True)
         line = [self.row, self.seed, self.folder, "--budget", args.budget, "--base-seconds", base_seconds]
@@ -66,7 +65,7 @@ class Job:
             line.append("--dry-run")
         threads = {"OMP_NUM_THREADS": "1"} if args.budget == "quick" else {}
         with (self.folder / "output.txt").open("a") as output:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, SCRIPT, *map(str, line)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -92,13 +91,12 @@ def jobs_of(args: argparse.Namespace, results: dict) -> list[Job]:
     return jobs
 
 
-def finish(job: Job, args: argparse.Namespace) -> bool:
-    """Take in what a process has left: whether it came to its end."""
-    assert job.process is not None
+def finish(job: Job, code: int, args: argparse.Namespace) -> bool:
+    """Take in what a process with this exit code has left: whether it came to its end."""
     result = job.folder / "result.json"
-    if job.process.returncode != 0 or not result.exists():
+    if code != 0 or not result.exists():
         last = (job.folder / "output.txt").read_text().splitlines()[-1:]
-        tqdm.write(f"{job.row}, seed {job.seed}: exit code {job.process.returncode}: {' '.join(last)}")
+        tqdm.write(f"{job.row}, seed {job.seed}: exit code {code}: {' '.join(last)}")
         return False
     path = args.out / "results.json"
     results = load_json(path)  # now: long_run.py may have added to it meanwhile
@@ -115,7 +113,7 @@ def run(jobs: list[Job], args: argparse.Namespace, base_seconds: float) -> int:
     """Run all jobs, --workers at a time; returns how many failed. When it is interrupted, their processes are
     asked to save and to end."""
     waiting = list(jobs)
-    running: list[Job] = []
+    running: list[tuple[Job, subprocess.Popen]] = []
     failed = 0
     total = sum(job.minutes for job in jobs)
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} minutes of training [{elapsed}<{remaining}]"
@@ -124,24 +122,21 @@ def run(jobs: list[Job], args: argparse.Namespace, base_seconds: float) -> int:
             while waiting or running:
                 while waiting and len(running) < args.workers:
                     job = waiting.pop(0)
-                    job.start(args, base_seconds)
-                    running.append(job)
+                    running.append((job, job.start(args, base_seconds)))
                 time.sleep(POLL)
-                for job in running.copy():
-                    assert job.process is not None
-                    if job.process.poll() is not None:
-                        running.remove(job)
-                        failed += not finish(job, args)
-                left = [*waiting, *running]
+                for job, process in running.copy():
+                    code = process.poll()
+                    if code is not None:
+                        running.remove((job, process))
+                        failed += not finish(job, code, args)
+                left = [*waiting, *(job for job, _ in running)]
                 bar.n = total - sum(job.minutes - job.minutes_done() for job in left)
-                bar.set_description(", ".join(f"{job.row} {job.seed}" for job in running))
+                bar.set_description(", ".join(f"{job.row} {job.seed}" for job, _ in running))
         finally:
-            for job in running:
-                assert job.process is not None
-                job.process.terminate()
-            for job in running:
-                assert job.process is not None
-                job.process.wait()
+            for _, process in running:
+                process.terminate()
+            for _, process in running:
+                process.wait()
     return failed
 
 

@@ -9,8 +9,6 @@ choose the number of training steps, train with train.py, sample with sample.py 
 import argparse
 import json
 import math
-import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -26,17 +24,19 @@ from torchvision.utils import make_grid
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from baselines import bare_training
+from speed import device_name
 from studies.rows import BASE, ROWS, Row, preset_of
 
 import sample
 import train
-from checkpoint import checkpoints, step_of
+from bookkeeping.run import is_due
+from checkpoint import checkpoints, load_metadata, step_of
 from dataset import read_picture, write_picture
-from infra.device import choose_setup, device_name, join_processes
+from infra.device import choose_setup, join_processes
 from infra.files import load_json, write_json
 from labels import load_labels, load_objects
 from options import NUM_OBJECTS, PRESETS
-from report.metrics import load_samples, runs_of, scores
+from report import metrics
 
 POINTS = 4  # checkpoints that are measured, evenly spread over the training
 SAMPLING_SEEDS = 3  # of the last one; of those before it one
@@ -146,12 +146,12 @@ def measure(weights: Path, out: Path, options: list) -> dict[str, list[float]]:
     """Sample validation.json with the weights of a checkpoint and `options` of sample.py: every measure, one
     value a sampling seed."""
     sample.main(["--mode", "validation", "--weights", str(weights), "--out", str(out), *map(str, options)])
-    report, judged = load_samples(out / "validation")
-    runs = runs_of(judged, len(report["conditions"]))
+    report, judged = metrics.load_samples(out / "validation")
+    runs = metrics.runs_of(judged, len(report["conditions"]))
     found = []
     for run in runs:
-        measures = scores([run])
-        found.append({name: measures[name].mean for name in MEASURES} | background_spread(run.pictures))
+        measures = metrics.measure(run)
+        found.append({name: measures[name] for name in MEASURES} | background_spread(run.pictures))
     return {name: [round(one[name], 4) for one in found] for name in found[0]}
 
 
@@ -163,13 +163,8 @@ def write_grid(images: Path, path: Path):
 
 
 def machine() -> str:
-    """The processor, or the GPU."""
-    device = join_processes().device
-    if device.type != "cpu":
-        return device_name(device)
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    name = found[1] if found else platform.processor()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    """The processor or the GPU, and the threads that PyTorch uses."""
+    return f"{device_name(join_processes().device)}, {torch.get_num_threads()} thread(s)"
 
 
 # ----------------------------------------------------------------------------------------------------- the row
@@ -197,23 +192,22 @@ def measure_points(row: Row, run: Path, folder: Path, steps: int, is_dry: bool) 
     already is kept in points.json."""
     path = folder / "points.json"
     known = load_json(path) if path.exists() else {}
-    saved = [one for one in checkpoints(run) if step_of(one) in (steps, *range(0, steps, math.ceil(steps / POINTS)))]
+    saved = [one for one in checkpoints(run) if is_due(step_of(one), math.ceil(steps / POINTS), steps)]
     many = DRY_SAMPLING if is_dry else ["--seeds", SAMPLING_SEEDS]
     few = DRY_SAMPLING if is_dry else []
-    wanted: list[tuple[str, Path, list]] = [(str(step_of(one)), one, few) for one in saved[:-1]]
-    wanted.append(("last", saved[-1], many))
+    wanted: list[tuple[str, Path, list]] = [(one.name, one, few) for one in saved[:-1]]
+    wanted.append((saved[-1].name, saved[-1], many))
     wanted += [(f"guidance {scale:g}", saved[-1], [*many, "--guidance-scale", scale]) for scale in row.guidance_scales]
     for key, weights, options in wanted:
         if key not in known:
             images = folder / f"images-{key.replace(' ', '-')}"
             shutil.rmtree(images, ignore_errors=True)  # of an earlier call
             known[key] = measure(weights, images, options)
-            if key == "last":
+            if key == saved[-1].name:
                 write_grid(images / "validation", folder / "grid.png")
             shutil.rmtree(images)
             write_json(path, known)
-    points = [{"step": step_of(one), **known[str(step_of(one))]} for one in saved[:-1]]
-    points.append({"step": step_of(saved[-1]), **known["last"]})
+    points = [{"pictures": load_metadata(one)["pictures_seen"], **known[one.name]} for one in saved]
     return points, {f"{scale:g}": known[f"guidance {scale:g}"] for scale in row.guidance_scales}
 
 
@@ -242,7 +236,6 @@ def main():
     points, guidance = measure_points(row, run, folder, steps, args.dry_run)
 
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    batch_size = PRESETS[row.preset]["training"]["batch_size"]
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     result = {
         "row": args.row,
@@ -252,11 +245,11 @@ def main():
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "steps": steps,
-        "pictures": steps * batch_size,
+        "pictures": points[-1]["pictures"],
         "seconds": round(load_json(folder / "seconds.json")),
         "loss_spikes": count_spikes([entry["loss"] for entry in log]),
         "gradient_spikes": count_spikes([entry["gradient_norm"] for entry in log]),
-        "points": [{"pictures": point.pop("step") * batch_size, **point} for point in points],
+        "points": points,
         "guidance": guidance,
         "curve": curve(log),
     }

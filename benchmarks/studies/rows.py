@@ -4,6 +4,7 @@ A row is a preset of options.py with changes of its parts: network, scheduler, t
 benchmarks/study.py ROW` runs it.
 """
 
+import copy
 from dataclasses import dataclass, field
 
 from options import PRESETS
@@ -28,16 +29,15 @@ class Row:
 
 # The preset `small` with a warm-up that fits a short training, and without negative prompting, which costs
 # passes and has nothing to do with training.
-BASE: dict[str, dict] = {part: {**PRESETS["small"][part]} for part in ("network", "scheduler", "training", "sampling")}
+BASE: dict[str, dict] = copy.deepcopy(PRESETS["small"])
 BASE["training"]["warmup_steps"] = 50
 BASE["sampling"]["negative_scale"] = 0.0
 
 # The report's recipe, on whatever network. Sampled like all rows, but without guidance, which it was not
 # trained for.
-_REPORT = PRESETS["reference"]
 REPORT: dict[str, dict] = {
     "scheduler": {"prediction_type": "epsilon"},
-    "training": _REPORT["training"],
+    "training": PRESETS["reference"]["training"],
     "sampling": BASE["sampling"] | {"guidance_scale": 1.0},
 }
 # (32, 64, 64) with attention at all levels, on 2x2 patches: at 64x64 it learns 0.3 pictures a second on a core.

@@ -150,14 +150,15 @@ def label_axes(axes: Axes, x: str, y: str):
 def draw_backgrounds(results: dict, budget: str, path: Path):
     """Left: loss against pictures seen. Right: how far the background's colour spreads, beside the data's."""
     rows = by_row(results, budget)
+    kinds = (("background", "o", "tab:blue"), ("tint", "^", "tab:orange"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 1.5 + 0.26 * len(rows)), layout="constrained")
     for number, (name, runs) in enumerate(rows.items()):
         curve = runs[0]["curve"]
         left.plot(curve["pictures"], curve["loss"], color=f"C{number % 10}", lw=1, label=name)
-        for kind, marker, colour in (("background", "o", "tab:blue"), ("tint", "^", "tab:orange")):
+        for kind, marker, colour in kinds:
             values = [statistics.mean(last(one)[kind]) for one in runs]
             right.scatter(values, [number] * len(values), marker=marker, color=colour, alpha=0.7)
-    for kind, colour in (("background", "tab:blue"), ("tint", "tab:orange")):
+    for kind, _, colour in kinds:
         right.axvline(results["data"][kind], color=colour, ls="--", label=f"{NAMES[kind]} of the data")
     label_axes(left, "pictures seen", "training loss")
     left.set(yscale="log")
