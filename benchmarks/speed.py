@@ -37,9 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from baselines import bare_training, network_and_optimizer, plain_sampling, plain_training
-
 import train
+from baselines import bare_training, network_and_optimizer, plain_sampling, plain_training
 from data.pack import PACK
 from dataset import ICLEVRDataset, to_float
 from diffusion import generate

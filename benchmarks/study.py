@@ -23,9 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
-from studies.measure_row import background_spread, seconds_per_step
-from studies.rows import BASE, ROWS
-from studies.study_page import draw, guidance_table, search_table, seeds_table, table
 from tqdm import tqdm
 
 from dataset import load_data
@@ -33,6 +30,9 @@ from infra.commands import InputError, command, number
 from infra.files import load_json, lock, write_json
 from infra.signals import signals_interrupt
 from labels import load_objects
+from studies.measure_row import background_spread, seconds_per_step
+from studies.rows import BASE, ROWS
+from studies.study_page import draw, guidance_table, search_table, seeds_table, table
 
 SCRIPT = ROOT / "benchmarks" / "studies" / "measure_row.py"
 POLL = 5.0  # seconds

@@ -9,15 +9,15 @@ import subprocess
 import time
 from pathlib import Path
 
-import children
 import pytest
 import torch
-from children import wait_for
-from conftest import METADATA, listing
 
 import checkpoint
+import children
 import train
 from checkpoint import TrainingState, checkpoints, load_weights, write_weights
+from children import wait_for
+from conftest import METADATA, listing
 from infra.commands import InputError
 from model import build
 from runs import assert_same_end, assert_unchanged, contents

@@ -7,6 +7,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 FOLDERS = [".", "benchmarks/checks", "benchmarks/studies", "benchmarks", "tests"]

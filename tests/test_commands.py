@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SAMPLE, TRAIN
 
 import evaluator
 import sample
 import train
+from conftest import ROOT, SAMPLE, TRAIN
 from infra import commands
 from infra.commands import InputError
 from infra.files import text_sha256

@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import sys
 
-import fakecuda
 import pytest
+
+import fakecuda
 from conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")]

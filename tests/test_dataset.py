@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, OFFICIAL, ROOT
 from PIL import Image
 
 import dataset
+from conftest import NAMES, OFFICIAL, ROOT
 from dataset import CACHE_NAME, ICLEVRDataset
 from infra.commands import InputError
 from labels import load_labels, load_objects

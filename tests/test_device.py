@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 
-import children
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, TRAIN, listing
 
+import children
 import sample
 import train
+from conftest import ROOT, SAMPLE, TRAIN, listing
 from infra import device
 from infra.commands import InputError
 from infra.device import choose_setup, compiler_trouble, join_processes, new_accelerator, prepare

@@ -3,11 +3,11 @@ options say, and what is not finite never becomes a picture."""
 
 import pytest
 import torch
-from conftest import ROOT, SHIPPED
 
 import diffusion
 import evaluator
 from checkpoint import load_weights
+from conftest import ROOT, SHIPPED
 from data.pack import PACK
 from dataset import ICLEVRDataset, to_float
 from labels import hard_negatives, labels_with_one_mistake, load_conditions, load_objects, multi_hot

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from torchvision.utils import save_image
 
 import evaluator
+from conftest import ROOT
 from data.pack import PACK
 from dataset import ICLEVRDataset, to_float
 from evaluator import evaluation_model

@@ -7,15 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import children
 import pytest
-from children import wait_for_text
-from conftest import ROOT, SAMPLE, TRAIN, listing
 
 import checkpoint
+import children
 import evaluator
 import sample
 import train
+from children import wait_for_text
+from conftest import ROOT, SAMPLE, TRAIN, listing
 from data import render
 from infra import files
 from report import __main__ as report

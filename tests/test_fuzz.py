@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import NAMES, TINY_NETWORK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import NAMES, TINY_NETWORK
 from dataset import read_picture
 from infra.commands import InputError
 from labels import load_conditions, load_labels, load_objects

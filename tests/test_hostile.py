@@ -5,17 +5,17 @@ import json
 import struct
 from pathlib import Path
 
-import children
 import pytest
-import spoil
-from conftest import ROOT, SAMPLE, TRAIN, listing
-from hostile_inputs import INPUTS
 
 import checkpoint
+import children
 import evaluator
 import sample
+import spoil
 import train
+from conftest import ROOT, SAMPLE, TRAIN, listing
 from dataset import read_picture
+from hostile_inputs import INPUTS
 from infra.commands import InputError
 from labels import load_objects
 from report import __main__ as report

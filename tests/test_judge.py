@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from data import render
 from data.pack import HELD_OUT
 from dataset import ICLEVRDataset

@@ -1,7 +1,6 @@
 """Labels: hard negatives, triples that were never seen, splits by scene."""
 
 from conftest import ROOT
-
 from labels import (
     hard_negatives,
     labels_with_one_mistake,

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from data.pack import HELD_OUT, PACK
 from dataset import ICLEVRDataset
 from evaluator import evaluation_model

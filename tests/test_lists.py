@@ -7,13 +7,13 @@ import shutil
 import time
 from pathlib import Path
 
-import children
 import pytest
 import torch
-from conftest import SAMPLE, SHIPPED, listing
 
+import children
 import sample
 from bookkeeping import lists
+from conftest import SAMPLE, SHIPPED, listing
 from report import __main__ as report
 from report import metrics
 

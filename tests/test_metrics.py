@@ -5,9 +5,9 @@ import statistics
 
 import pytest
 import torch
-from conftest import ROOT
 
 import sample
+from conftest import ROOT
 from data.pack import HELD_OUT
 from dataset import ICLEVRDataset
 from evaluator import evaluation_model

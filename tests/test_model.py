@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import METADATA
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load_weights, write_weights
+from conftest import METADATA
 from infra.device import new_accelerator
 from model import ConditionalUNet, build
 from options import PRESETS

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, ROOT
 from PIL import Image
 
 import train
+from conftest import NAMES, ROOT
 from data import render
 from data.pack import PACK
 from dataset import ICLEVRDataset

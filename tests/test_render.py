@@ -12,9 +12,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import OFFICIAL, ROOT
 from PIL import Image
 
+from conftest import OFFICIAL, ROOT
 from data import render
 from infra.files import file_sha256
 from labels import load_conditions, load_labels, load_objects

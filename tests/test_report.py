@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
 
 import sample
+from conftest import ROOT
 from data.pack import PACK
 from report import __main__ as report
 from report import metrics

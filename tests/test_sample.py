@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LAUNCH, ROOT, SHIPPED, TINY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +16,7 @@ import evaluator
 import sample
 import train
 from checkpoint import load_weights
+from conftest import LAUNCH, ROOT, SHIPPED, TINY
 from dataset import read_pictures, to_float
 from labels import labels_with_one_mistake, load_conditions, load_objects, multi_hot
 

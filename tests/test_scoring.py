@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import METADATA, ROOT, TINY
 
 import lab
+from conftest import METADATA, ROOT, TINY
 from evaluator import evaluation_model
 from infra.commands import InputError
 

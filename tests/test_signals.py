@@ -8,15 +8,15 @@ import sys
 import threading
 import time
 
-import children
 import pytest
-from children import wait_for, wait_for_text
-from conftest import LAUNCH, ROOT, TINY
-from runs import assert_same_end, assert_unchanged, contents
 
+import children
 import train
 from checkpoint import checkpoints
+from children import wait_for, wait_for_text
+from conftest import LAUNCH, ROOT, TINY
 from infra import signals
+from runs import assert_same_end, assert_unchanged, contents
 
 STOPS = {  # signal -> its name in docs/faults.md
     signal.SIGTERM: "SIGTERM",

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import study
-from studies import study_page
-from studies.measure_row import background_spread, count_spikes
-from studies.rows import BASE, ROWS, preset_of
-
 import train
 from model import ConditionalUNet
+from studies import long_run, study_page
+from studies.measure_row import background_spread, count_spikes
+from studies.rows import BASE, ROWS, preset_of
 
 PARTS = {"network", "scheduler", "training", "sampling"}
 
@@ -77,7 +77,7 @@ def start(folder, *rows) -> subprocess.Popen:
 @pytest.mark.slow
 def test_two_rows_go_on_where_they_were_stopped_and_are_run_once(tmp_path, capsys):
     rows = ("MLP", "label dropout 0")
-    first = start(tmp_path, *rows)
+    first = start(tmp_path, *rows, "--workers", "1")
     while not list(tmp_path.glob("work/*/*/run/log.jsonl")):  # until one trains
         assert first.poll() is None, first.communicate()
         time.sleep(0.2)
@@ -127,9 +127,7 @@ def test_the_defaults_of_train_are_the_rows_of_the_base(tmp_path):
 @pytest.mark.slow
 def test_a_long_run_adds_a_point(there):
     Path("results.json").write_text(json.dumps({"rows": []}))
-    script = ROOT / "benchmarks" / "studies" / "long_run.py"
-    options = ["--results", "results.json", "--steps", "2", "--num-images", "4"]
-    subprocess.run([sys.executable, script, "run", *options], check=True, capture_output=True)
+    long_run.main(["run", "--results", "results.json", "--steps", "2", "--num-images", "4"])
     (point,) = json.loads(Path("results.json").read_text())["long_runs"]
     assert (point["row"], point["steps"], point["num_images"]) == ("small", 2, 4)
     assert point["pictures"] == 16 and 0 <= point["accuracy"][0] <= 1  # 8 of the weights that it began with

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
 from PIL import Image
-from runs import log_of
 
 import train
 from checkpoint import checkpoints
+from conftest import ROOT, TINY
+from runs import log_of
 
 # AdamW: the numbers of a step are logged after its grid. A constant rate: a run may be made longer.
 COMMON = [*TINY, "--optimizer", "adamw", "--lr-schedule", "constant", "--learning-rate", "1e-4"]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHIPPED, TINY, TORCHRUN
 from safetensors.torch import load_file
 
 import checkpoint
 import train
 from bookkeeping import run as bookkeeping
 from checkpoint import checkpoints, load_weights
+from conftest import ROOT, SHIPPED, TINY, TORCHRUN
 from dataset import batch_indices
 from diffusion import target_of
 from infra.files import load_json

@@ -1,10 +1,10 @@
 """Numbers that are not finite stop a run before they get into the weights."""
 
 import pytest
-from runs import contents
 
 import train
 from checkpoint import checkpoints
+from runs import contents
 
 BREAKING = ["--learning-rate", 1e30, "--warmup-steps", 0, "--optimizer", "adamw", "--max-steps", 9]
 

@@ -17,9 +17,8 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from studies.steps import sweep
-
 from report.metrics import load_samples, runs_of, scores
+from studies.steps import sweep
 
 RUNS = [(1.0, 0, 1000)]  # guidance scale, interval
 RUNS += [(scale, 0, high) for scale in (2.0, 3.0, 4.0, 6.0) for high in (550, 750, 1000)]

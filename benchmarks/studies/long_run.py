@@ -15,13 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from checkpoint import load_metadata, newest
+from infra.commands import command
+from infra.files import load_json, write_json
 from studies.measure_row import machine, measure, write_grid
 
-from checkpoint import load_metadata, newest
-from infra.files import load_json, write_json
 
-
-def main():
+@command
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "study" / "results.json")
@@ -29,7 +30,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-images", type=int, help="in place of --seeds: only so many pictures")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     weights = newest(args.run)
     metadata = load_metadata(weights)
     amount = ["--num-images", args.num_images] if args.num_images else ["--seeds", args.seeds]

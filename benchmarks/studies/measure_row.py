@@ -23,12 +23,9 @@ from torchvision.utils import make_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from baselines import bare_training
-from speed import device_name
-from studies.rows import BASE, ROWS, Row, preset_of
-
 import sample
 import train
+from baselines import bare_training
 from bookkeeping.run import is_due
 from checkpoint import checkpoints, load_metadata, step_of
 from dataset import read_picture, write_picture
@@ -37,6 +34,8 @@ from infra.files import load_json, write_json
 from labels import load_labels, load_objects
 from options import NUM_OBJECTS, PRESETS
 from report import metrics
+from speed import device_name
+from studies.rows import BASE, ROWS, Row, preset_of
 
 POINTS = 4  # checkpoints that are measured, evenly spread over the training
 SAMPLING_SEEDS = 3  # of the last one; of those before it one

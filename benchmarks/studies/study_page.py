@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+
 from studies.rows import ROWS
 
 NAMES = {
