@@ -36,7 +36,7 @@ python=${PYTHON:-python3}
 mkdir -p "$WORK/results" "$OUT"
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$WORK/compiled
 export PYTHONPATH=$WORK/site${PYTHONPATH:+:$PYTHONPATH}
-if ! $python -c 'import diffusers, timm' 2>/dev/null; then
+if ! $python -c 'from importlib.util import find_spec as f; exit(not (f("diffusers") and f("timm")))'; then
     $python -m pip install -q --no-index --no-deps --no-compile --target "$WORK/site" "$WHEELS"/*.whl
 fi
 
@@ -55,7 +55,7 @@ if [ -n "${DRY_RUN:-}" ]; then
     small=(--batch-size 4 --max-steps 2)
     small_longer=(--batch-size 4 --max-steps 1 --sample-every 0)
     reference_model=small
-    reference=(--batch-size 4 --lr-schedule constant --max-steps 2)
+    reference=(--batch-size 4 --lr-schedule constant --max-steps 2 --sample-every 0)
     reference_longer=(--batch-size 4 --lr-schedule constant --max-steps 3 --sample-every 0)
     few_steps=(--num-images 2 --steps 2 --sampler dpmsolver++)
     all_steps=(--num-images 1 --steps 3)

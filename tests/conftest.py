@@ -20,6 +20,7 @@ import filelock
 import pytest
 import torch
 
+import children
 import sample
 import train
 from checkpoint import write_weights
@@ -187,6 +188,18 @@ def run():
         command = [sys.executable, *map(str, command)]
         env = os.environ | more
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
+
+    return call
+
+
+@pytest.fixture
+def run_warm():
+    """As `run`, but the process has PyTorch and the scripts imported already, which saves up to ten seconds. For
+    tests of what a script does, not of how it starts."""
+
+    def call(folder: Path, *command, **more) -> subprocess.CompletedProcess:
+        line = [children.warm_python(), *map(str, command)]
+        return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=600, env=os.environ | more)
 
     return call
 

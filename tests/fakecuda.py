@@ -6,9 +6,11 @@ but for True and the integer 1. To be used in a process of its own, since it rep
 """
 
 import collections
+import functools
+import linecache
 import os
 import subprocess
-import traceback
+import sys
 import types
 from pathlib import Path
 
@@ -151,9 +153,10 @@ def _module_to(self, *args, **kwargs):
     return self
 
 
-def is_ours(path: Path) -> bool:
+@functools.cache
+def is_ours(filename: str) -> bool:
     """Whether a file is a script of the project, or in one of its packages."""
-    folder = path.parent
+    folder = Path(filename).parent
     return folder == ROOT or folder.parent == ROOT and (folder / "__init__.py").exists()
 
 
@@ -194,7 +197,8 @@ class Cuda(TorchDispatchMode):
         if function is aten.stack.default:  # as the kernel does, which refuses tensors of two devices
             dim = args[1] if len(args) > 1 else 0
             return torch.cat([t.unsqueeze(dim) for t in args[0]], dim)
-        args, kwargs = pytree.tree_map(self._fake, (args, kwargs))
+        if len(on_device) < len(tensors):
+            args, kwargs = pytree.tree_map(self._fake, (args, kwargs))
         with self.fake:
             return function(*args, **kwargs)
 
@@ -221,8 +225,13 @@ class Cuda(TorchDispatchMode):
 
     def wait(self, what: str):
         """Note a wait, and the line of the project in which it is."""
-        ours = [frame for frame in traceback.extract_stack() if is_ours(Path(frame.filename))]
-        where = f"{Path(ours[-1].filename).name}: {ours[-1].line}" if ours else "?"
+        frame: types.FrameType | None = sys._getframe()
+        while frame is not None and not is_ours(frame.f_code.co_filename):
+            frame = frame.f_back
+        where = "?"
+        if frame is not None:
+            filename = frame.f_code.co_filename
+            where = f"{Path(filename).name}: {linecache.getline(filename, frame.f_lineno).strip()}"
         self.waits[f"{what}, {where}"] += 1
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import children
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -70,7 +71,7 @@ def test_the_spread_of_backgrounds_tells_many_colours_from_light_and_dark():
 
 def start(folder, *rows) -> subprocess.Popen:
     line = [*rows, "--dry-run", "--out", folder / "out", "--work", folder / "work"]
-    command = [sys.executable, ROOT / "benchmarks" / "study.py", *map(str, line)]
+    command = [children.warm_python(), ROOT / "benchmarks" / "study.py", *map(str, line)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -108,9 +108,9 @@ def rows_in(records: list) -> dict[int, dict[str, str]]:
     return found
 
 
-def start_wandb(run, home: Path, *argv, **more):
+def start_wandb(run_warm, home: Path, *argv, **more):
     home.mkdir(exist_ok=True)
-    return run(ROOT, "train.py", *COMMON, "--log-with", "wandb", *argv, HOME=str(home), **more)
+    return run_warm(ROOT, "train.py", *COMMON, "--log-with", "wandb", *argv, HOME=str(home), **more)
 
 
 @pytest.fixture
@@ -122,12 +122,12 @@ def no_key(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_is_the_same_run_in_wandb(pictures, tmp_path, run, no_key):
+def test_a_run_that_goes_on_is_the_same_run_in_wandb(pictures, tmp_path, run_warm, no_key):
     """With its settings, numbers and grids."""
     out = tmp_path / "my-run"
     for steps, every in ((2, 2), (3, 0)):
         argv = ["--data", pictures, "--out", out, "--max-steps", steps, "--sample-every", every]
-        process = start_wandb(run, tmp_path / "home", *argv, WANDB_MODE="offline")
+        process = start_wandb(run_warm, tmp_path / "home", *argv, WANDB_MODE="offline")
         assert process.returncode == 0, process.stderr[-3000:]
 
     starts = [read_wandb(folder) for folder in sorted((out / "wandb").glob("offline-run-*"))]
@@ -155,9 +155,9 @@ def test_a_run_that_goes_on_is_the_same_run_in_wandb(pictures, tmp_path, run, no
     [({"WANDB_MODE": "online"}, "No API key configured"), ({"WANDB_MODE": "never"}, "mode")],
     ids=["no key", "no such mode"],
 )
-def test_wandb_without_a_key_or_a_mode_is_told_in_one_line(pictures, tmp_path, run, no_key, settings, word):
+def test_wandb_without_a_key_or_a_mode_is_told_in_one_line(pictures, tmp_path, run_warm, no_key, settings, word):
     argv = ["--data", pictures, "--out", tmp_path / "run", "--max-steps", 1]
-    process = start_wandb(run, tmp_path / "home", *argv, **settings)
+    process = start_wandb(run_warm, tmp_path / "home", *argv, **settings)
     assert process.returncode == 2
     [line] = [line for line in process.stderr.splitlines() if line.strip()]
     assert line.startswith("error: --log-with wandb: ") and word in line
