@@ -72,10 +72,10 @@ def sampling(model: str, *more, **options) -> dict:
 def on_h100() -> dict:
     found = {}
     for model in ("small", "reference"):
-        found[f"train {model}"] = training(model, 2)
-        found[f"resume {model}"] = training(model, 3)
-    found["grid"] = training("small", 4, "--sample-every", 4)
-    found["compiled training"] = training("reference", 4, compiles=True)
+        found[f"train {model}"] = training(model, 3)
+        found[f"resume {model}"] = training(model, 5)
+    found["grid"] = training("small", 6, "--sample-every", 6)
+    found["compiled training"] = training("reference", 6, compiles=True)
     more = ["--out", "runs/more", "--grad-accum", 2]
     found["compiled training, accumulated"] = training("reference", 1, *more, compiles=True)
 

@@ -53,10 +53,10 @@ def test_a_run_saves_and_goes_on(h100, model):
     first = h100[f"train {model}"]
     second = h100[f"resume {model}"]
     assert first["code"] == second["code"] == 0
-    assert f"runs/{model}: trained to step 2" in first["stdout"]
-    assert f"runs/{model}: goes on at step 2 of 3" in second["stdout"]
+    assert f"runs/{model}: trained to step 3" in first["stdout"]
+    assert f"runs/{model}: goes on at step 3 of 5" in second["stdout"]
     assert "setup: cuda, bf16 autocast (matrix units), channels_last" in first["stdout"]
-    assert [len(found["steps"]) for found in (first, second)] == [2, 1]
+    assert [len(found["steps"]) for found in (first, second)] == [3, 2]
 
 
 def test_weights_that_are_not_averaged_are_written_once(h100):
@@ -88,7 +88,7 @@ def test_a_step_launches_no_more_kernels_than_it_did(h100):
 
 def test_a_grid_is_sampled_in_training(h100):
     assert h100["grid"]["code"] == 0
-    assert (h100["folder"] / "runs" / "small" / "samples" / "0000004.png").exists()
+    assert (h100["folder"] / "runs" / "small" / "samples" / "0000006.png").exists()
 
 
 def shapes(found: dict) -> dict[str, list[int]]:

@@ -79,13 +79,13 @@ ROWS: dict[str, Row] = {
     "(32, 64, 64), patches": Row("network", {"network": TINY}, training_seeds=2),
     "2 layers a block": Row("network", {"network": {"layers_per_block": 2}}),
     "no attention": Row("network", {"network": NO_ATTENTION}),
-    # The report, an hour each on one core
-    "base, an hour": Row("the report", minutes=60, budgets=QUICK),
-    "report's recipe": Row("the report", REPORT | {"network": ADDED}, minutes=60),
+    # The report, half an hour each on one core
+    "base, 30 minutes": Row("the report", minutes=30, budgets=QUICK),
+    "report's recipe": Row("the report", REPORT | {"network": ADDED}, minutes=30),
     "report's recipe, (32, 64, 64), patches": Row(
-        "the report", REPORT | {"network": TINY | ADDED}, minutes=60, training_seeds=2
+        "the report", REPORT | {"network": TINY | ADDED}, minutes=30, training_seeds=2
     ),
-    "report's recipe, mixed (32, 64, 64)": Row("the report", REPORT, preset="tiny-mixed", minutes=60),
+    "report's recipe, mixed (32, 64, 64)": Row("the report", REPORT, preset="tiny-mixed", minutes=30),
     "report's recipe, (32, 64, 64)": Row("the report", REPORT, preset="tiny-attention", budgets=FULL),
     "reference": Row("the report", REPORT, preset="reference", budgets=FULL),
     # Run only when they are named. Most were in the search for the preset `small` (docs/study.md).
