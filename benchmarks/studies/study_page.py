@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from studies.rows import ROWS
 
@@ -145,6 +146,9 @@ def draw_curves(results: dict, budget: str, path: Path):
 
 def label_axes(axes: Axes, x: str, y: str):
     axes.set(xlabel=x, ylabel=y, xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
 
 
