@@ -177,31 +177,30 @@ def clone(tmp_path) -> Path:
     return folder
 
 
+def run_with(python: str | Path) -> Callable[..., subprocess.CompletedProcess]:
+    """A function for the next two fixtures, with one of two commands in the place of `python`."""
+
+    def call(folder: Path, *command, **more) -> subprocess.CompletedProcess:
+        line = [python, *map(str, command)]
+        return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=600, env=os.environ | more)
+
+    return call
+
+
 @pytest.fixture
 def run():
     """Run a script as a command: run(folder, "train.py", "--max-steps", 2) -> the finished process.
 
-    `more` are variables of the environment.
+    Its named arguments are variables of the environment.
     """
-
-    def call(folder: Path, *command, **more) -> subprocess.CompletedProcess:
-        command = [sys.executable, *map(str, command)]
-        env = os.environ | more
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
-
-    return call
+    return run_with(sys.executable)
 
 
 @pytest.fixture
 def run_warm():
     """As `run`, but the process has PyTorch and the scripts imported already, which saves up to ten seconds. For
     tests of what a script does, not of how it starts."""
-
-    def call(folder: Path, *command, **more) -> subprocess.CompletedProcess:
-        line = [children.warm_python(), *map(str, command)]
-        return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=600, env=os.environ | more)
-
-    return call
+    return run_with(children.warm_python())
 
 
 FAULTS = ROOT / "docs" / "faults.md"
