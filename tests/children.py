@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+WARM_PYTHON = ROOT / "tests" / "warm_python"
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["train", "sample", "evaluator", "report.metrics", "report.__main__"]
 
@@ -73,11 +74,15 @@ def _run_as_python(connection: socket.socket):
     sys.stderr = os.fdopen(2, "w", buffering=1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     connection.sendall(f"{os.getpid()}\n".encode())
-    sys.argv = request["argv"]
+    sys.argv = request["argv"][1:] if request["argv"][0] == "-u" else request["argv"]
+    sys.executable = str(WARM_PYTHON)  # so that what the script starts with it is as quick
     code = 1
     try:
         if sys.argv[0] == "-c":
             exec(sys.argv[1], {"__name__": "__main__"})
+        elif sys.argv[0] == "-m":
+            del sys.argv[0]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -101,8 +106,8 @@ def _serve(listener: socket.socket):
 
 @functools.cache
 def warm_python() -> Path:
-    """The path of a command that does what `python script.py ...` or `python -c ...` does, for this process and
-    those that it starts. PyTorch and the scripts are imported already, which saves up to ten seconds."""
+    """The path of a command that does what `python script.py ...`, `python -m ...` or `python -c ...` does, for this
+    process and those that it starts. PyTorch and the scripts are imported already, which saves up to ten seconds."""
     _prepare()
     listener = socket.socket(socket.AF_UNIX)
     path = str(Path(tempfile.mkdtemp()) / "socket")
@@ -110,7 +115,7 @@ def warm_python() -> Path:
     listener.listen()
     os.environ["WARM_PYTHON"] = path
     threading.Thread(target=_serve, args=(listener,), daemon=True).start()
-    return ROOT / "tests" / "warm_python"
+    return WARM_PYTHON
 
 
 def finish(process, seconds: float = 180) -> int:

@@ -4,8 +4,6 @@ is taken into account or refused."""
 import copy
 import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -187,12 +185,11 @@ dynamo_config:
 
 
 @pytest.mark.slow
-def test_a_configuration_of_accelerate_that_asks_for_compiling_is_refused(there, tried):
+def test_a_configuration_of_accelerate_that_asks_for_compiling_is_refused(there, run_warm, tried):
     """`accelerate launch` makes a variable of it."""
     (there / "config.yaml").write_text(CONFIGURATION)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config.yaml"]
-    command = [*launch, ROOT / "train.py", *TRAINING.split()]
-    process = subprocess.run(command, cwd=there, capture_output=True, text=True, timeout=300)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "config.yaml"]
+    process = run_warm(there, *launch, ROOT / "train.py", *TRAINING.split())
     assert process.returncode != 0 and not (there / "new").exists()
     assert "error: ACCELERATE_DYNAMO_BACKEND is INDUCTOR: compiling is chosen by itself" in process.stderr
     tried("a configuration of accelerate that compiles", "exit 2: ACCELERATE_DYNAMO_BACKEND is INDUCTOR ...")
@@ -219,7 +216,7 @@ print("codes", codes, sys.flags.optimize)
 
 
 @pytest.mark.slow
-def test_commands_after_each_other_in_one_process_give_the_same_weights_as_apart(there, run, tried):
+def test_commands_after_each_other_in_one_process_give_the_same_weights_as_apart(there, run, run_warm, tried):
     """As in a notebook, also outside of the main thread and with `python -OO`."""
     other = "bf16" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "no"
     argv = TRAIN.replace("--out run", "") + " --max-steps 3"
@@ -230,6 +227,6 @@ def test_commands_after_each_other_in_one_process_give_the_same_weights_as_apart
     weights = "checkpoint-0000003/training/model.safetensors"
     assert (there / "one" / weights).read_bytes() == (there / "three" / weights).read_bytes()
     apart = ["--out", "apart", "--mixed-precision", other, "--grad-accum", "2", "--batch-size", "2"]
-    process = run(there, ROOT / "train.py", *argv.split(), *apart)
+    process = run_warm(there, ROOT / "train.py", *argv.split(), *apart)
     assert (there / "two" / weights).read_bytes() == (there / "apart" / weights).read_bytes(), process.stderr
     tried("`train.main` and `sample.main` after each other, in a thread, with -OO", "the same as apart")

@@ -178,10 +178,10 @@ def test_pictures_do_not_depend_on_their_batch(tmp_path, conditions, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_paint_what_one_does(tmp_path, conditions, run):
+def test_two_processes_paint_what_one_does(tmp_path, conditions, run_warm):
     """Eleven pictures of a list of six, each with its own condition and seed."""
     common = ["--mode", conditions, "--weights", SHIPPED, "--steps", 4, *FP32, "--num-images", 11]
-    process = run(ROOT, *LAUNCH, "sample.py", *common, "--batch-size", 2, "--out", tmp_path / "two")
+    process = run_warm(ROOT, *LAUNCH, "sample.py", *common, "--batch-size", 2, "--out", tmp_path / "two")
     assert process.returncode == 0, process.stderr[-3000:]
     assert "setup: cpu, 2 processes, fp32" in process.stdout
     paint(*common, "--out", tmp_path / "one")

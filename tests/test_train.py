@@ -138,13 +138,13 @@ def weights(run: Path, file: str) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(pictures, tmp_path, run):
+def test_two_processes_train_what_one_does(pictures, tmp_path, run_warm):
     """With averaged weights and label dropout; after 20 steps only rounding differs. `accelerate launch` is
     in test_signals.py."""
     recipe = [*EXACT, "--label-dropout", 0.3, "--max-steps", 20]
     start(pictures, tmp_path / "one", *recipe)
     options = [*TINY, "--data", pictures, *recipe, "--out", tmp_path / "two"]
-    process = run(ROOT, *TORCHRUN, "train.py", *options)
+    process = run_warm(ROOT, *TORCHRUN, "train.py", *options)
     assert process.returncode == 0, process.stderr[-3000:]
     assert "setup: cpu, 2 processes, fp32" in process.stdout
 
@@ -168,10 +168,10 @@ def test_half_the_batch_twice_is_the_same_as_the_batch(pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_accelerate_does_not_start_are_told(tmp_path, run):
+def test_processes_that_accelerate_does_not_start_are_told(tmp_path, run_warm):
     """Without MPI it starts one process on CPUs."""
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2]
-    process = run(ROOT, *launch, "train.py", *TINY, "--out", tmp_path / "run")
+    process = run_warm(ROOT, *launch, "train.py", *TINY, "--out", tmp_path / "run")
     assert process.returncode != 0 and not (tmp_path / "run").exists()
     assert "error: accelerate launch --cpu starts a single process" in process.stderr
     assert "torchrun --nproc_per_node N" in process.stderr
