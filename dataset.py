@@ -149,7 +149,8 @@ class ICLEVRDataset(Dataset):
 
     `images` is uint8 [N, 3, 64, 64] and `labels` float32 [N, 24], both whole in memory; an item is a pair
     of the picture as float32 [3, 64, 64] in [-1, 1] and its multi-hot label [24]. `manifest` says how
-    render.py made the pictures, and is empty if it did not. Raises InputError if pictures are missing or
+    render.py made the pictures, and is empty if it did not. `label_file` is the whole label file, also where not
+    all of its pictures are rendered. Raises InputError if pictures are missing or
     broken, or if they and the label file do not belong together.
     """
 
@@ -175,7 +176,7 @@ class ICLEVRDataset(Dataset):
                 f"{source}: no pictures there; make them with `python -m data.render --out {source}`, or "
                 f"link the lab's own folder to that name and put its label files in place of these"
             )
-        self.total = len(labels)
+        self.label_file = labels
         self.objects = objects
         self.filenames = list(present)
         self.conditions = list(present.values())
@@ -204,9 +205,9 @@ def load_data(source: Path | None, labels_path: Path, objects: dict[str, int]) -
     default = Path("iclevr") if os.path.lexists("iclevr") else PACK
     found = source or default
     data = ICLEVRDataset(found, labels_path, objects)
-    if not source and found != PACK and len(data) < data.total:
+    if not source and found != PACK and len(data) < len(data.label_file):
         raise InputError(
-            f"{found}: only {len(data):,} of {data.total:,} pictures are rendered; render the rest by "
+            f"{found}: only {len(data):,} of {len(data.label_file):,} pictures are rendered; render the rest by "
             f"`python -m data.render`, or give --data {found} for those there are, or --data {PACK} for the "
             f"pack"
         )

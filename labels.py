@@ -11,6 +11,7 @@ from infra.commands import ROOT, InputError, did_you_mean, shown
 from infra.files import load_json
 from options import NUM_OBJECTS
 
+PICTURE_NAME = re.compile(r"([\w-]+)_(\d+)\.png", re.ASCII)
 MAX_OBJECTS = 5  # a CLEVR scene of this kind holds no more
 
 
@@ -116,7 +117,7 @@ def unseen_triples(labels: dict[str, list[str]], objects: dict[str, int], count:
 
 def scene_of(filename: str, path: Path | str = "labels") -> str:
     """The scene of a picture: `CLEVR_train_002066_1.png` -> `CLEVR_train_002066`. Raises InputError."""
-    match = re.fullmatch(r"([\w-]+)_(\d+)\.png", filename, re.ASCII)
+    match = PICTURE_NAME.fullmatch(filename)
     if not match or len(filename) > 255:  # bytes that a file system takes
         raise InputError(f"{path}, entry {shown(filename)}: expected a file name like CLEVR_train_002066_1.png")
     return match[1]

@@ -85,7 +85,7 @@ from diffusion import generate, picture_seed, target_of
 from infra.device import Setup, choose_setup, explained, join_processes, new_accelerator, smaller_batch
 from infra.files import disk_errors, lock, text_sha256
 from infra.signals import clean_stop
-from labels import hard_negatives, load_conditions, load_labels, load_objects, multi_hot, unseen_triples
+from labels import hard_negatives, load_conditions, load_objects, multi_hot, unseen_triples
 from model import ConditionalUNet, build
 from muon import Muon
 
@@ -255,7 +255,7 @@ def sample_grid(
 def load_model(args: argparse.Namespace, data: ICLEVRDataset) -> tuple[ConditionalUNet, DDPMScheduler, dict]:
     """The network to train, new or that of --init, its noise scheduler, and what a run's checkpoints say of
     it. Raises InputError."""
-    unseen = unseen_triples(load_labels(args.labels, data.objects), data.objects)
+    unseen = unseen_triples(data.label_file, data.objects)
     pictures_before = 0
     if args.init:
         # The network is that of the weights, also where the preset has changed since.
@@ -275,7 +275,7 @@ def load_model(args: argparse.Namespace, data: ICLEVRDataset) -> tuple[Condition
             "labels_sha256": text_sha256(args.labels),
             "pictures_sha256": data.sha256(),
             "pictures": len(data),
-            "labelled": data.total,
+            "labelled": len(data.label_file),
         },
         "unseen": unseen,
         "sampling": PRESETS[args.model]["sampling"],

@@ -52,7 +52,7 @@ seeds=(--seeds 10)
 study=()
 if [ -n "${DRY_RUN:-}" ]; then
     bench=(--models small --pairs 1 --block 1 --batch-size 4 --sample-steps 2)
-    small=(--batch-size 4 --max-steps 2)
+    small=(--batch-size 4 --max-steps 2 --sample-every 0)
     small_longer=(--batch-size 4 --max-steps 1 --sample-every 0)
     reference_model=small
     reference=(--batch-size 4 --lr-schedule constant --max-steps 2 --sample-every 0)

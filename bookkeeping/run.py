@@ -47,7 +47,8 @@ def announce(
 ):
     """Say what will be trained and how, and without CUDA how long the `steps` that are left take."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    of_all = "" if len(data) == data.total else f"of {data.total:,} "
+    total = len(data.label_file)
+    of_all = "" if len(data) == total else f"of {total:,} "
     print(f"{args.model}: {millions:.2f}M parameters, {args.data}: {len(data):,} {of_all}pictures")
     print(setup)
     print(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}))

@@ -519,7 +519,7 @@ def render_scenes(jobs: list[Job], options: dict, workers: int) -> Iterator[list
     context = multiprocessing.get_context("spawn")
     start = (options["size"], options["samples"], options["seed"])
     bar = tqdm(total=sum(len(counts) for _, _, counts in jobs), unit="picture", disable=not jobs)
-    with bar, context.Pool(workers, start_worker, start) as pool:
+    with bar, context.Pool(max(1, min(workers, len(jobs))), start_worker, start) as pool:
         for pictures in pool.imap(render_scene, jobs):
             yield pictures
             bar.update(len(pictures))
@@ -533,9 +533,9 @@ def pack(out: Path, labels_path: Path, objects: dict[str, int], limit: int | Non
     if path.exists() and not is_pack(path):
         raise InputError(f"{path}: there already, and no pack of render.py; choose another --out")
     data = ICLEVRDataset(out, labels_path, objects)
-    if manifest["scenes_done"] != limit and len(data) < data.total:
+    if manifest["scenes_done"] != limit and len(data) < len(data.label_file):
         raise InputError(
-            f"{out}: {len(data):,} of {data.total:,} pictures; render the rest before packing, or pack the "
+            f"{out}: {len(data):,} of {len(data.label_file):,} pictures; render the rest before packing, or pack the "
             f"{manifest['scenes_done']} scenes there are with --limit"
         )
     if manifest.get("options", {}).get("size") != "64x64":

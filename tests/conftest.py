@@ -87,7 +87,8 @@ def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """The first four scenes of train.json: twelve pictures, rendered for real."""
-    return made_once(tmp_path_factory, "pictures", lambda folder: render.main(["--limit", "4", "--out", str(folder)]))
+    argv = ["--limit", "4", "--workers", "1", "--out"]
+    return made_once(tmp_path_factory, "pictures", lambda folder: render.main([*argv, str(folder)]))
 
 
 @pytest.fixture(scope="session")
@@ -220,6 +221,14 @@ def tried(record_property):
         assert "FAULTS" in os.environ or f"| {fault} |" in FAULTS.read_text(), f"{FAULTS} lacks {fault!r}"
 
     return note
+
+
+# Two minutes and more each. First, so that at the end no worker waits long for the other one.
+LONG = ["test_sample.py", "test_checkpoint.py", "test_train.py", "test_benchmarks.py", "test_cuda.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def pytest_runtest_logreport(report):

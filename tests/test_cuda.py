@@ -48,7 +48,7 @@ def waits(found: dict, step: int) -> dict:
     return found["steps"][step]["waits"]
 
 
-@pytest.mark.parametrize("model", ["small", "reference"])
+@pytest.mark.parametrize("model", ["small", "tiny-mixed"])
 def test_a_run_saves_and_goes_on(h100, model):
     first = h100[f"train {model}"]
     second = h100[f"resume {model}"]
@@ -60,7 +60,7 @@ def test_a_run_saves_and_goes_on(h100, model):
 
 
 def test_weights_that_are_not_averaged_are_written_once(h100):
-    for model, files in (("reference", ["optimizer"]), ("small", ["model", "optimizer"])):
+    for model, files in (("tiny-mixed", ["optimizer"]), ("small", ["model", "optimizer"])):
         saved = sorted((h100["folder"] / "runs" / model).glob("checkpoint-*/training"))[0]
         assert sorted(path.stem for path in saved.iterdir()) == files
 
@@ -68,7 +68,7 @@ def test_weights_that_are_not_averaged_are_written_once(h100):
 def test_a_step_with_adamw_waits_for_nothing(h100):
     """Also after a resume; its numbers are looked at a step later."""
     assert waits(h100["train reference"], 1) == {}
-    [copied] = waits(h100["resume reference"], 0)  # as in the first step of a run
+    [copied] = waits(h100["resume tiny-mixed"], 0)  # as in the first step of a run
     assert "noise_scheduler.add_noise" in copied
 
 
@@ -88,7 +88,7 @@ def test_a_step_launches_no_more_kernels_than_it_did(h100):
 
 def test_a_grid_is_sampled_in_training(h100):
     assert h100["grid"]["code"] == 0
-    assert (h100["folder"] / "runs" / "small" / "samples" / "0000006.png").exists()
+    assert (h100["folder"] / "runs" / "tiny-mixed" / "samples" / "0000006.png").exists()
 
 
 def shapes(found: dict) -> dict[str, list[int]]:
@@ -104,9 +104,9 @@ def test_a_training_step_is_a_cuda_graph_unless_gradients_are_added_up(h100):
 
 def test_all_lists_are_sampled_in_batches_of_one_size(h100):
     """32 + 32 + 100 pictures and the strip: three batches of 55. Guidance makes a second size."""
-    assert shapes(h100["sample reference"]) == {"reduce-overhead": [55]}
+    assert shapes(h100["sample tiny-mixed"]) == {"reduce-overhead": [55]}
     assert shapes(h100["sample small"]) == {"reduce-overhead": [55, 110]}
-    assert "(9 passes; pays from some 0)" in h100["sample reference"]["stdout"]
+    assert "(9 passes; pays from some 0)" in h100["sample tiny-mixed"]["stdout"]
     for name, count in (("test", 32), ("new_test", 32), ("unseen", 100)):
         assert len(list((h100["folder"] / "images" / name).glob("*.png"))) == count
     assert (h100["folder"] / "images" / "process.png").exists()
@@ -139,12 +139,12 @@ def test_a_card_for_which_torch_has_no_kernels_is_named(h100):
 
 def test_cards_without_bf16_take_fp16(t4):
     """With accelerate's gradient scaler, whose state goes on; it looks at Muon's gradients by itself."""
-    for name in ("train small", "train reference", "resume reference", "sample"):
+    for name in ("train small", "train tiny-mixed", "resume tiny-mixed", "sample"):
         found = t4[name]
         assert found["code"] == 0
         assert "setup: cuda, fp16 autocast (matrix units; this GPU has no bf16)" in found["stdout"]
-    assert "goes on at step 2 of 3" in t4["resume reference"]["stdout"]
-    last = t4["resume reference"]["steps"][0]["waits"]
+    assert "goes on at step 2 of 3" in t4["resume tiny-mixed"]["stdout"]
+    last = t4["resume tiny-mixed"]["steps"][0]["waits"]
     assert any("grad_scaler" in where for where in last)  # is saved
     once = {"a number, train.py: accelerated_optimizer.step()": 1}
     assert {w: n for w, n in waits(t4["train small"], 1).items() if "optimizer" in w} == once

@@ -72,10 +72,10 @@ def test_there_are_enough_inputs_and_each_has_a_name_of_its_own():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["labels: a key twice", "weights: a pickle with code in it"])
-def test_a_spoilt_input_is_told_in_one_line_by_a_command_of_the_shell(there, run, fault):
+def test_a_spoilt_input_is_told_in_one_line_by_a_command_of_the_shell(there, run_warm, fault):
     [(_, command, (way, *arguments), words)] = [row for row in INPUTS if row[0] == fault]
     getattr(spoil, way)(*arguments)
-    process = run(there, ROOT / f"{command}.py", *COMMANDS[command][1].split())
+    process = run_warm(there, ROOT / f"{command}.py", *COMMANDS[command][1].split())
     assert process.returncode == 2 and len(process.stderr.splitlines()) == 1, process.stderr
     assert words in process.stderr and not Path("the_code_has_run").exists()
 

@@ -21,7 +21,7 @@ def samples(tmp_path_factory):
     four = folder / "four.json"
     four.write_text('[["red cube"], ["cyan sphere"], ["gray cylinder", "red cube"], ["blue cube", "blue sphere"]]')
     images = folder / "images"
-    common = ["--weights", str(ROOT / "weights" / "small"), "--steps", "8"]
+    common = ["--weights", str(ROOT / "weights" / "small"), "--steps", "4"]
     sample.main(["--mode", str(four), "process", "--seeds", "2", "--out", str(images), *common])
     sample.main(["--mode", "train", "--num-images", "12", "--out", str(images), *common])
     guided = ["--evaluator-scale", "3", "--out", str(images / "guided")]
