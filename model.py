@@ -19,8 +19,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
     """A UNet of diffusers that is told by a multi-hot label what to paint.
 
     `conditioning` says how the label enters. "linear": a linear embedding, added to that of the timestep.
-    "mlp": an embedding by two linear layers. "planes": 24 planes of zeros or ones beside the picture. "tokens":
-    cross-attention, in the blocks that have attention, to a token of each object in the label.
+    "mlp": an embedding by two linear layers. "tokens": cross-attention, in the blocks that have attention, to a
+    token of each object in the label.
 
     With `patch_size` p > 1 the UNet works on p x p patches folded into channels (`pixel_unshuffle`): the
     same channels cost 1 / p^2. Saves and loads, label embedding included, by `save_pretrained` and
@@ -43,13 +43,13 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
         super().__init__()
         if IMAGE_SIZE % patch_size:
             raise ValueError(f"patches of {patch_size} do not divide {IMAGE_SIZE}")
-        if conditioning not in ("linear", "mlp", "planes", "tokens"):
+        if conditioning not in ("linear", "mlp", "tokens"):
             raise ValueError(f"no conditioning {conditioning}")
         channels = 3 * patch_size**2
         width = 4 * block_out_channels[0]  # of the timestep's embedding
         options = {
             "sample_size": IMAGE_SIZE // patch_size,
-            "in_channels": channels + NUM_OBJECTS if conditioning == "planes" else channels,
+            "in_channels": channels,
             "out_channels": channels,
             "layers_per_block": layers_per_block,
             "block_out_channels": block_out_channels,
@@ -71,12 +71,11 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
             down_block_types=down_block_types,
             up_block_types=up_block_types,
             attention_head_dim=attention_head_dim,
-            class_embed_type=None if conditioning == "planes" else "identity",  # the label arrives embedded
+            class_embed_type="identity",  # the label arrives embedded
             **options,
         )
-        if conditioning == "linear":
-            self.class_embedding: nn.Module = nn.Linear(NUM_OBJECTS, width)
-        elif conditioning == "mlp":
+        self.class_embedding: nn.Module = nn.Linear(NUM_OBJECTS, width)
+        if conditioning == "mlp":
             self.class_embedding = nn.Sequential(nn.Linear(NUM_OBJECTS, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -86,10 +85,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
         `labels` are multi-hot [B, 24]; all zeros is the unconditional label of classifier-free guidance.
         """
         patches = F.pixel_unshuffle(images, self.config.patch_size)
-        if self.config.conditioning == "planes":
-            planes = labels[:, :, None, None].expand(-1, -1, *patches.shape[2:]).to(patches)
-            prediction = self.unet(torch.cat([patches, planes], 1), timesteps).sample
-        elif self.config.conditioning == "tokens":
+        if self.config.conditioning == "tokens":
             tokens = self.object_tokens.weight.expand(len(labels), -1, -1)
             is_seen = F.pad(labels, (1, 0), value=1.0) > 0  # [B, 1 + 24]
             prediction = self.unet(patches, timesteps, tokens, encoder_attention_mask=is_seen).sample

@@ -160,6 +160,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in args.rows:
         if name not in ROWS:
             parser.error(f"no row {name!r}; expected some of: {', '.join(ROWS)}")
+        if ROWS[name].commit:
+            parser.error(f"{name!r} did not pay and is no longer in the code; git checkout {ROWS[name].commit} has it")
     args.out = args.out or (Path("runs/dry-run") if args.dry_run else ROOT / "docs" / "study")
     args.workers = args.workers or (2 if args.budget == "quick" else 1)
     return args

@@ -16,7 +16,7 @@ class Row:
     another there than in the base, or in the `preset` if that is another. `minutes`: of one CPU core that the
     quick budget gives it. `training_seeds`: so many runs, with the seeds 0, 1 and so on. `guidance_scales`:
     other scales to sample the trained weights with, beside its own. `budgets`: those that run it when no rows
-    are named."""
+    are named. `commit`: the last one with the code of a row that did not pay; its results are kept."""
 
     factor: str
     changes: dict[str, dict] = field(default_factory=dict)
@@ -25,6 +25,7 @@ class Row:
     training_seeds: int = 1
     guidance_scales: tuple[float, ...] = ()
     budgets: tuple[str, ...] = ("quick", "full")
+    commit: str = ""
 
 
 # The preset `small` with a warm-up that fits a short training, and without negative prompting, which costs
@@ -63,7 +64,8 @@ ROWS: dict[str, Row] = {
     "base": Row("base", training_seeds=2, guidance_scales=SCALES),
     # How the condition enters
     "added to the features": Row("condition", {"network": ADDED}, training_seeds=2),
-    "label planes": Row("condition", {"network": {"conditioning": "planes"}}, training_seeds=2),
+    # 24 planes of zeros or ones beside the picture.
+    "label planes": Row("condition", {"network": {"conditioning": "planes"}}, budgets=(), commit="f158e52"),
     "object tokens": Row("condition", {"network": {"conditioning": "tokens"}}, training_seeds=2),
     "MLP": Row("condition", {"network": {"conditioning": "mlp"}}),
     # Recipe
