@@ -141,7 +141,7 @@ def seedling(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def argv(pictures, seedling):
     """Options of train.py for a run with all that has a state: EMA, warm-up, decay, both dropouts,
     accumulation. argv(out, "--max-steps", 2) -> a list of strings."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -26,10 +27,17 @@ STOPS = {  # signal -> its name in docs/faults.md
 }
 
 
+@pytest.fixture(scope="module")
+def whole(argv, tmp_path_factory) -> Path:
+    """A run of forty steps that nothing stopped."""
+    run = tmp_path_factory.mktemp("run") / "whole"
+    train.main(argv(run, "--max-steps", 40))
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", STOPS)
-def test_a_stopped_run_saves_its_step_and_goes_on_to_the_same_end(argv, tmp_path, tried, number):
-    train.main(argv(tmp_path / "whole", "--max-steps", 40))
+def test_a_stopped_run_saves_its_step_and_goes_on_to_the_same_end(argv, whole, tmp_path, tried, number):
     out = tmp_path / "stopped"
     command = argv(out, "--max-steps", 40)
     process = children.start("train", command, tmp_path)
@@ -44,7 +52,7 @@ def test_a_stopped_run_saves_its_step_and_goes_on_to_the_same_end(argv, tmp_path
 
     process = children.start("train", command, tmp_path)
     assert children.finish(process) == 0
-    assert_same_end(tmp_path / "whole", out)
+    assert_same_end(whole, out)
     tried(STOPS[number], f"the step is finished and saved, exit {code}; the same command goes on bit for bit")
 
 

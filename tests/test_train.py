@@ -214,8 +214,8 @@ def test_a_part_of_the_pictures_is_not_taken_silently(pictures, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_without_pictures_the_pack_is_trained_on(clone, run):
-    process = run(clone, "train.py", *TINY, "--max-steps", 2)
+def test_without_pictures_the_pack_is_trained_on(tmp_path, run_warm):
+    process = run_warm(tmp_path, ROOT / "train.py", *TINY, "--max-steps", 2)
     assert process.returncode == 0, process.stderr
     assert "iclevr.npz: 18,009 pictures" in process.stdout
 
