@@ -81,15 +81,18 @@ ROWS: dict[str, Row] = {
     "(32, 64, 64), patches": Row("network", {"network": TINY}, training_seeds=2),
     "2 layers a block": Row("network", {"network": {"layers_per_block": 2}}),
     "no attention": Row("network", {"network": NO_ATTENTION}),
-    # The report, half an hour each on one core
-    "base, 30 minutes": Row("the report", minutes=30, budgets=QUICK),
-    "report's recipe": Row("the report", REPORT | {"network": ADDED}, minutes=30),
-    "report's recipe, (32, 64, 64), patches": Row(
-        "the report", REPORT | {"network": TINY | ADDED}, minutes=30, training_seeds=2
+    # Half an hour each on one core
+    "base, 30 minutes": Row("half an hour", minutes=30, training_seeds=2, budgets=QUICK),
+    "object tokens, 30 minutes": Row(
+        "half an hour", {"network": {"conditioning": "tokens"}}, minutes=30, budgets=QUICK
     ),
-    "report's recipe, mixed (32, 64, 64)": Row("the report", REPORT, preset="tiny-mixed", minutes=30),
-    "report's recipe, (32, 64, 64)": Row("the report", REPORT, preset="tiny-attention", budgets=FULL),
-    "reference": Row("the report", REPORT, preset="reference", budgets=FULL),
+    "report's recipe": Row("half an hour", REPORT | {"network": ADDED}, minutes=30),
+    "report's recipe, (32, 64, 64), patches": Row(
+        "half an hour", REPORT | {"network": TINY | ADDED}, minutes=30, training_seeds=2
+    ),
+    "report's recipe, mixed (32, 64, 64)": Row("half an hour", REPORT, preset="tiny-mixed", minutes=30),
+    "report's recipe, (32, 64, 64)": Row("half an hour", REPORT, preset="tiny-attention", budgets=FULL),
+    "reference": Row("half an hour", REPORT, preset="reference", budgets=FULL),
     # Run only when they are named. Most were in the search for the preset `small` (docs/study.md).
     "learning rate 1.5e-3": Row("recipe", {"training": {"learning_rate": 1.5e-3}}, budgets=()),
     "learning rate 6e-3": Row("recipe", {"training": {"learning_rate": 6e-3}}, budgets=()),
