@@ -10,20 +10,21 @@
 #   DRY_RUN=1 benchmarks/gpu.sh all # every stage on a CPU with a few steps, in some minutes
 #
 # Time. A stage trains for LIMIT seconds at most, so that a call takes some nine minutes. If that was not enough it
-# exits with 75, and the same command goes on where it stopped. On an NVIDIA H200 the reference trained at 1,376
-# pictures a second: its 40 epochs take 9 minutes. `small` trained at up to 4,000 a second at batch 128, beside another
-# training: its 30,000 steps take 16 minutes at that rate. Compiling took 100 s before the reference's first step, also
-# beside another training, and is needed once a machine; sampling comes after.
+# exits with 75, and the same command goes on where it stopped. The reference trained at 1,376 pictures a second on an
+# NVIDIA H200, its 40 epochs take 9 minutes there, and at 1,200 on an H100: 10 minutes. From the start to its first
+# step it took three minutes on the H100, most of them compiling, which is needed once a machine. `small` trained at up
+# to 4,000 a second at batch 128 on the H200, beside another training: its 30,000 steps take 16 minutes at that rate.
+# Sampling comes after: for the reference some two minutes, one of them for 128 pictures of 1000 steps.
 #
 # If a GPU is lent for 15 minutes in all, that is enough for one stage, made shorter (estimated from these rates).
-# First `EPOCHS=30 benchmarks/gpu.sh reference`, and again at once if it exits with 75. Next time, on another
+# First `EPOCHS=25 benchmarks/gpu.sh reference`, and again at once if it exits with 75. Next time, on another
 # machine, `SMALL_STEPS=15000 benchmarks/gpu.sh small`. Then `bench`: what it measured before it ran out of time is
 # in speed.json. `longer` takes about an hour.
 #
 # A stage's results (JSON, grids, curves, weights in half precision) are in $WORK/results/STAGE and are packed as
-# $OUT/STAGE.tar.*, pieces of 15 MiB: cat STAGE.tar.* | tar x. Checkpoints stay in $WORK, which should be a local
-# disk: a machine that is given back takes them along, and its stage starts anew on the next one. Needs no network:
-# where diffusers or timm is missing, both come from the wheels in $WHEELS.
+# $OUT/STAGE.tar.*, pieces of 15 MiB, after each part of a stage: cat STAGE.tar.* | tar x. Checkpoints stay in $WORK,
+# which should be a local disk: a machine that is given back takes them along, and its stage starts anew on the next
+# one. Needs no network: where diffusers or timm is missing, both come from the wheels in $WHEELS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-${TMPDIR:-/tmp}/iclevr-ddpm}
@@ -90,6 +91,7 @@ score() {
     $python sample.py --weights "$WORK/$name" --mode "${modes[@]}" --out "$out" --overwrite "$@" 2>"$WORK/sample.err" ||
         { tail -n 20 "$WORK/sample.err" && return 1; }
     for mode in "${modes[@]}"; do rm -rf "${out:?}/$mode"; done # the grids stay
+    pack
 }
 
 score_reference() {
@@ -137,8 +139,12 @@ stage_longer() {
 }
 
 pack() {
-    local code=$?
     tar c -C "$WORK/results" "$stage" | split -b 15M - "$OUT/$stage.tar."
+}
+
+finish() {
+    local code=$?
+    pack
     echo "stage $stage: exit code $code after $SECONDS s"
 }
 
@@ -152,6 +158,6 @@ if [ "$stage" = all ]; then
 else
     results=$WORK/results/$stage
     mkdir -p "$results"
-    trap pack EXIT
+    trap finish EXIT
     "stage_$stage"
 fi
