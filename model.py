@@ -18,9 +18,8 @@ from options import IMAGE_SIZE, NUM_OBJECTS, PRESETS
 class ConditionalUNet(ModelMixin, ConfigMixin):
     """A UNet of diffusers that is told by a multi-hot label what to paint.
 
-    `conditioning` says how the label enters. "linear": a linear embedding, added to that of the timestep.
-    "mlp": an embedding by two linear layers. "tokens": cross-attention, in the blocks that have attention, to a
-    token of each object in the label.
+    `conditioning` says how the label enters. "linear": a linear embedding, added to that of the timestep. "tokens":
+    cross-attention, in the blocks that have attention, to a token of each object in the label.
 
     With `patch_size` p > 1 the UNet works on p x p patches folded into channels (`pixel_unshuffle`): the
     same channels cost 1 / p^2. Saves and loads, label embedding included, by `save_pretrained` and
@@ -43,7 +42,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
         super().__init__()
         if IMAGE_SIZE % patch_size:
             raise ValueError(f"patches of {patch_size} do not divide {IMAGE_SIZE}")
-        if conditioning not in ("linear", "mlp", "tokens"):
+        if conditioning not in ("linear", "tokens"):
             raise ValueError(f"no conditioning {conditioning}")
         channels = 3 * patch_size**2
         width = 4 * block_out_channels[0]  # of the timestep's embedding
@@ -74,9 +73,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin):
             class_embed_type="identity",  # the label arrives embedded
             **options,
         )
-        self.class_embedding: nn.Module = nn.Linear(NUM_OBJECTS, width)
-        if conditioning == "mlp":
-            self.class_embedding = nn.Sequential(nn.Linear(NUM_OBJECTS, width), nn.SiLU(), nn.Linear(width, width))
+        self.class_embedding = nn.Linear(NUM_OBJECTS, width)
 
     def forward(self, images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Predict noise, velocity or clean images [B, 3, 64, 64] of noisy images [B, 3, 64, 64] at timesteps [B] in

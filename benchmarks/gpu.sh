@@ -61,7 +61,7 @@ if [ -n "${DRY_RUN:-}" ]; then
     few_steps=(--num-images 2 --steps 2 --sampler dpmsolver++)
     all_steps=(--num-images 1 --steps 3)
     seeds=(--num-images 2 --steps 2)
-    study=(MLP --dry-run)
+    study=("no EMA" --dry-run)
 fi
 
 # train NAME SECONDS ARGS...: trains into $WORK/NAME for so long at most. `timeout` then sends SIGTERM, train.py

@@ -1,7 +1,7 @@
 """The report's experiments, repeated: one factor changed at a time, with equal computing time.
 
     python benchmarks/study.py                           # all rows that docs/study/results.json lacks
-    python benchmarks/study.py "MLP" "base" --out mine   # some rows, into files of your own
+    python benchmarks/study.py "no EMA" "base" --out mine   # some rows, into files of your own
     python benchmarks/study.py --budget full             # one CUDA GPU, the report's 40 epochs
 
 Rows are entries of ROWS in benchmarks/studies/rows.py. Each is trained with train.py and scored on validation.json.

@@ -109,8 +109,8 @@ def test_the_dry_run_leaves_strips_curves_and_weights(results):
 
 def test_the_study_leaves_a_row_of_the_full_budget(results):
     (row,) = json.loads((results / "study" / "results.json").read_text())["rows"]
-    assert (row["row"], row["budget"]) == ("MLP", "full") and row["points"][-1]["accuracy"]
-    assert (results / "study" / "grids" / "mlp-full.png").stat().st_size > 1000
+    assert (row["row"], row["budget"]) == ("no EMA", "full") and row["points"][-1]["accuracy"]
+    assert (results / "study" / "grids" / "no-ema-full.png").stat().st_size > 1000
 
 
 def test_the_bench_prints_every_ratio(results):

@@ -77,7 +77,7 @@ def start(folder, *rows) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_two_rows_go_on_where_they_were_stopped_and_are_run_once(tmp_path, capsys):
-    rows = ("MLP", "label dropout 0")
+    rows = ("no EMA", "label dropout 0")
     first = start(tmp_path, *rows, "--workers", "1")
     while not list(tmp_path.glob("work/*/*/run/log.jsonl")):  # until one trains
         assert first.poll() is None, first.communicate()
@@ -88,16 +88,16 @@ def test_two_rows_go_on_where_they_were_stopped_and_are_run_once(tmp_path, capsy
     output, errors = start(tmp_path, *rows).communicate(timeout=600)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     found = [(one["row"], one["seed"]) for one in results["rows"]]
-    assert sorted(found) == [("MLP", 0), ("label dropout 0", 0)], errors
+    assert sorted(found) == [("label dropout 0", 0), ("no EMA", 0)], errors
     for one in results["rows"]:
         assert one["steps"] == 4 and one["seconds"] > 0
         assert [point["pictures"] for point in one["points"]] == [4, 8, 12, 16]
         for point in one["points"]:
             assert 0 <= point["both"][0] <= point["exact_set"][0] <= 1 and point["tint"][0] > 0
     assert set(results["rows"][-1]["guidance"]) | set(results["rows"][0]["guidance"]) == {"1", "2", "3"}
-    for name in ("quick_rows", "quick_curves", "quick_backgrounds", "grids/mlp-quick"):
+    for name in ("quick_rows", "quick_curves", "quick_backgrounds", "grids/no-ema-quick"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
-    assert "| MLP | 1 | 16 |" in output
+    assert "| no EMA | 1 | 16 |" in output
 
     study.main([*rows, "--dry-run", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")])
     again = capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_a_row_that_there_is_not_is_told(capsys):
     with pytest.raises(SystemExit) as stop:
         study.parse_args(["bigger"])
     errors = capsys.readouterr().err
-    assert stop.value.code == 2 and "no row 'bigger'" in errors and "MLP" in errors
+    assert stop.value.code == 2 and "no row 'bigger'" in errors and "no EMA" in errors
     with pytest.raises(SystemExit):
         study.parse_args(["label planes"])
     assert f"git checkout {ROWS['label planes'].commit}" in capsys.readouterr().err

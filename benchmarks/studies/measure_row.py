@@ -1,6 +1,6 @@
 """Train one row of the study with one seed, and measure it: the process that benchmarks/study.py starts.
 
-    OMP_NUM_THREADS=1 python benchmarks/studies/measure_row.py "MLP" 0 runs/study/quick/mlp-0
+    OMP_NUM_THREADS=1 python benchmarks/studies/measure_row.py "no EMA" 0 runs/study/quick/no-ema-0
 
 Leaves result.json, grid.png and the run in that folder. The same command goes on where it was stopped. Steps:
 choose the number of training steps, train with train.py, sample with sample.py at each checkpoint, judge.
@@ -155,8 +155,8 @@ def measure(weights: Path, out: Path, options: list) -> dict[str, list[float]]:
 
 
 def write_grid(images: Path, path: Path):
-    """Every fourth of the 64 pictures of the first seed, 16 in all."""
-    chosen = [images / f"{i}.png" for i in range(0, 64, 4)]
+    """Every eighth of the 64 pictures of the first seed, 8 in all."""
+    chosen = [images / f"{i}.png" for i in range(0, 64, 8)]
     pictures = [read_picture(one) for one in chosen if one.exists()]
     write_picture(path, make_grid(torch.stack(pictures), nrow=8))
 

@@ -67,7 +67,7 @@ ROWS: dict[str, Row] = {
     # 24 planes of zeros or ones beside the picture.
     "label planes": Row("condition", {"network": {"conditioning": "planes"}}, budgets=(), commit="f158e52"),
     "object tokens": Row("condition", {"network": {"conditioning": "tokens"}}, training_seeds=2),
-    "MLP": Row("condition", {"network": {"conditioning": "mlp"}}),
+    "MLP": Row("condition", {"network": {"conditioning": "mlp"}}, budgets=(), commit="eeb6f26"),
     # Recipe
     "noise prediction": Row("recipe", {"scheduler": {"prediction_type": "epsilon"}}, training_seeds=2),
     "sample prediction": Row("recipe", {"scheduler": {"prediction_type": "sample"}}),

@@ -158,10 +158,11 @@ def draw_backgrounds(results: dict, budget: str, path: Path):
     """Left: loss against pictures seen. Right: how far the background's colour spreads, beside the data's."""
     rows = by_row(results, budget)
     kinds = (("background", "o", "tab:blue"), ("tint", "^", "tab:orange"))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 1.5 + 0.26 * len(rows)), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 2.5 + 0.3 * len(rows)), layout="constrained")
     for number, (name, runs) in enumerate(rows.items()):
         curve = runs[0]["curve"]
-        left.plot(curve["pictures"], curve["loss"], color=f"C{number % 10}", lw=1, label=name)
+        style = ("-", "--", ":")[number // 10 % 3]
+        left.plot(curve["pictures"], curve["loss"], style, color=f"C{number % 10}", lw=1, label=name)
         for kind, marker, colour in kinds:
             values = [statistics.mean(last(one)[kind]) for one in runs]
             right.scatter(values, [number] * len(values), marker=marker, color=colour, alpha=0.7)
@@ -169,6 +170,7 @@ def draw_backgrounds(results: dict, budget: str, path: Path):
         right.axvline(results["data"][kind], color=colour, ls="--", label=f"{NAMES[kind]} of the data")
     label_axes(left, "pictures seen", "training loss")
     left.set(yscale="log")
+    left.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     right.set_yticks(range(len(rows)), list(rows))
     right.set_ylim(len(rows) - 0.5, -0.5)
     right.set(xlabel="spread over samples, grey levels", xscale="log")
