@@ -27,7 +27,7 @@ import sample
 import train
 from baselines import bare_training
 from bookkeeping.run import is_due
-from checkpoint import checkpoints, load_metadata, step_of
+from checkpoint import checkpoints, load_metadata, step_of, steps_done
 from dataset import read_picture, write_picture
 from infra.device import choose_setup, join_processes
 from infra.files import load_json, write_json
@@ -170,20 +170,18 @@ def machine() -> str:
 
 
 def train_row(row: Row, run: Path, seed: int, steps: int):
-    """Train with train.py, and add up the seconds that it took, over all calls: of the CPU, or by the clock where
-    a GPU does the work."""
+    """Train with train.py, and note the seconds that it takes: of the CPU, or by the clock where a GPU does the work.
+    After a stop, those of the last call are extrapolated to all steps, as a process that was killed notes nothing."""
     argv = ["--model", row.preset, "--out", str(run), "--seed", str(seed), "--max-steps", str(steps)]
     # All are kept: those of a stop, which are not measured, may come between.
     argv += ["--save-every", str(math.ceil(steps / POINTS)), "--keep-checkpoints", "1000"]
     argv += ["--log-every", "1", "--sample-every", "0"]
-    spent = run.with_name("seconds.json")
-    before = load_json(spent) if spent.exists() else 0.0
     clock = time.process_time if join_processes().device.type == "cpu" else time.perf_counter
+    done = steps_done(run)
     start = clock()
-    try:
-        train.main(argv)
-    finally:
-        write_json(spent, before + clock() - start)
+    train.main(argv)
+    if done < steps:
+        write_json(run.with_name("seconds.json"), (clock() - start) * steps / (steps - done))
 
 
 def measure_points(row: Row, run: Path, folder: Path, steps: int, is_dry: bool) -> tuple[list[dict], dict]:

@@ -84,7 +84,7 @@ ROWS: dict[str, Row] = {
     # Half an hour each on one core
     "base, 30 minutes": Row("half an hour", minutes=30, training_seeds=2, budgets=QUICK),
     "object tokens, 30 minutes": Row(
-        "half an hour", {"network": {"conditioning": "tokens"}}, minutes=30, budgets=QUICK
+        "half an hour", {"network": {"conditioning": "tokens"}}, minutes=30, training_seeds=2, budgets=QUICK
     ),
     "report's recipe": Row("half an hour", REPORT | {"network": ADDED}, minutes=30),
     "report's recipe, (32, 64, 64), patches": Row(
