@@ -10,10 +10,11 @@
 #   DRY_RUN=1 benchmarks/gpu.sh all # every stage on a CPU with a few steps, in some minutes
 #
 # Time. A stage trains for LIMIT seconds at most, so that a call takes some nine minutes. If that was not enough it
-# exits with 75, and the same command goes on where it stopped. The reference trained at 1,376 pictures a second on an
-# NVIDIA H200, its 40 epochs take 9 minutes there, and at 1,200 on an H100: 10 minutes. From the start to its first
-# step it took three minutes on the H100, most of them compiling, which is needed once a machine. `small` trained at up
-# to 4,000 a second at batch 128 on the H200, beside another training: its 30,000 steps take 16 minutes at that rate.
+# exits with 75, and the same command goes on where it stopped. The reference trained at 1,441 pictures a second on an
+# NVIDIA H200, its 40 epochs take 8.5 minutes there, and at 1,200 on an H100: 10 minutes. From the start to its first
+# step it took two minutes on the H200 and three on the H100, most of them compiling, which is needed once a machine.
+# `small` trained at up to 4,000 a second at batch 128 on the H200, beside another training: its 30,000 steps take 16
+# minutes at that rate.
 # Sampling comes after: for the reference some two minutes, one of them for 128 pictures of 1000 steps.
 #
 # If a GPU is lent for 15 minutes in all, that is enough for one stage, made shorter (estimated from these rates).
@@ -24,7 +25,8 @@
 # A stage's results (JSON, grids, curves, weights in half precision) are in $WORK/results/STAGE and are packed as
 # $OUT/STAGE.tar.*, pieces of 15 MiB, after each part of a stage: cat STAGE.tar.* | tar x. Checkpoints stay in $WORK,
 # which should be a local disk: a machine that is given back takes them along, and its stage starts anew on the next
-# one. Needs no network: where diffusers or timm is missing, both come from the wheels in $WHEELS.
+# one. So the next call must follow at once: a machine went back after 30 idle seconds, with 36 epochs on it. Needs no
+# network: where diffusers or timm is missing, both come from the wheels in $WHEELS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-${TMPDIR:-/tmp}/iclevr-ddpm}
