@@ -11,7 +11,7 @@
 #
 # Time. A stage trains for LIMIT seconds at most, so that a call takes some nine minutes. If that was not enough it
 # exits with 75, and the same command goes on where it stopped. The reference trained at 1,441 pictures a second on an
-# NVIDIA H200, its 40 epochs take 8.5 minutes there, and at 1,200 on an H100: 10 minutes. From the start to its first
+# NVIDIA H200, its 40 epochs take 8.3 minutes there, and at 1,200 on an H100: 10 minutes. From the start to its first
 # step it took two minutes on the H200 and three on the H100, most of them compiling, which is needed once a machine.
 # `small` trained at up to 4,000 a second at batch 128 on the H200, beside another training: its 30,000 steps take 16
 # minutes at that rate.
@@ -25,7 +25,7 @@
 # A stage's results (JSON, grids, curves, weights in half precision) are in $WORK/results/STAGE and are packed as
 # $OUT/STAGE.tar.*, pieces of 15 MiB, after each part of a stage: cat STAGE.tar.* | tar x. Checkpoints stay in $WORK,
 # which should be a local disk: a machine that is given back takes them along, and its stage starts anew on the next
-# one. So the next call must follow at once: a machine went back after 30 idle seconds, with 36 epochs on it. Needs no
+# one. So the next call must follow at once: a machine that stood idle went back with 36 epochs on it. Needs no
 # network: where diffusers or timm is missing, both come from the wheels in $WHEELS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
