@@ -2,9 +2,11 @@
 
 A folder of weights holds `unet/` and `scheduler/` (diffusers' own formats) and `metadata.json`, written last;
 a checkpoint of a run adds `training/` with all that is needed to go on. What was tried against all this, and
-what happened: docs/faults.md. As a script, make weights to ship:
+what happened: docs/faults.md. As a script, make weights to ship, which open in diffusers and on the Hub as well:
 
-    python checkpoint.py runs/small weights/small     # the newest checkpoint of the run, in half precision
+    python checkpoint.py runs/small DIR                       # the newest checkpoint of the run, in half precision
+    python checkpoint.py DIR DIR --scores images/test         # the model card with scores of pictures painted by DIR
+    python checkpoint.py DIR DIR --push-to-hub you/your-model
 """
 
 import argparse
@@ -15,9 +17,14 @@ from options import PRESETS, check_options
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Make weights to ship from a run: half precision, nothing to train on.")
+    parser = Parser(
+        description="Make weights to ship from a run: half precision, a pipeline of diffusers, a model card."
+    )
     parser.add_argument("source", type=to_path, help="a run or one of its checkpoints")
     parser.add_argument("out", type=to_path, help="folder to write")
+    parser.add_argument("--scores", type=to_path, nargs="+", default=[], metavar="FOLDER",
+                        help="pictures that sample.py painted with these weights, for the model card")  # fmt: skip
+    parser.add_argument("--push-to-hub", metavar="NAME", help="upload the folder, as you/your-model")
     return parser.parse_args(argv)
 
 
@@ -31,6 +38,7 @@ import re
 import secrets
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +48,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import get_total_norm
 
 from infra.files import check_fields, flush, load_json, refuse_foreign, remove_temporaries, temporary_beside, write_json
-from model import ConditionalUNet, load_network, load_noise_scheduler
+from label_files import load_objects
+from model import load_network, load_noise_scheduler
+from network import ConditionalUNet
 
 SHIPPED = ROOT / "weights" / "small"
 METADATA_NAME = "metadata.json"
@@ -51,7 +61,11 @@ METADATA: dict[str, type] = {  # what it holds at least
 WEIGHTS_NAME = "unet/diffusion_pytorch_model.safetensors"
 NETWORK_NAME = "unet/config.json"
 SCHEDULER_NAME = "scheduler/scheduler_config.json"
-SHIPPED_FILES = (METADATA_NAME, WEIGHTS_NAME, NETWORK_NAME, SCHEDULER_NAME)
+# Of a folder of weights to ship. Those of the second line are for diffusers and the Hub.
+SHIPPED_FILES = (
+    METADATA_NAME, WEIGHTS_NAME, NETWORK_NAME, SCHEDULER_NAME,
+    "model_index.json", "pipeline.py", "unet/network.py", "README.md", "samples.png",
+)  # fmt: skip
 RUN_NAME = "run.json"  # says whose folder it is, from the start of a run on
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -185,9 +199,10 @@ def write_weights(
     noise_scheduler: DDPMScheduler,
     metadata: dict,
     training: dict[str, dict[str, torch.Tensor]] | None = None,
+    complete: Callable[[Path], None] | None = None,
 ):
     """Write weights under a temporary name, metadata last, and rename them; a folder of that name goes.
-    `training`: file name -> tensors.
+    `training`: file name -> tensors. `complete` is given the folder, whole but for the metadata, to add files to.
 
     Raises InputError if the disk is full; then, as whenever this is cut off, older weights are still there.
     """
@@ -202,6 +217,8 @@ def write_weights(
         for name, tensors in (training or {}).items():
             (new / "training").mkdir(exist_ok=True)
             save_file(in_order(tensors), new / "training" / f"{name}.safetensors")
+        if complete:
+            complete(new)
         for path in new.rglob("*"):
             flush(path)
         (new / METADATA_NAME).write_text(json.dumps(metadata, indent=1) + "\n")
@@ -299,10 +316,13 @@ def resume(folder: Path, state: TrainingState, metadata: dict) -> dict:
     Raises InputError if it is broken or, by `metadata`, of another recipe or other data than this run.
     """
     before = load_metadata(folder)
+    preset = PRESETS[metadata["model"]]
+    older = preset["training"] | preset["scheduler"]  # what a run did before there was an option for it
     for part in ("recipe", "data"):
         for name, value in metadata[part].items():
-            if before[part].get(name) != value:
-                began = shown(before[part].get(name))
+            found = before[part].get(name, older.get(name))
+            if found != value:
+                began = shown(found)
                 raise InputError(
                     f"{folder.parent}: began with {name} {began}, now {shown(value)}; choose another --out"
                 )
@@ -345,15 +365,27 @@ def load_optimizer(optimizer, parameters: list[torch.nn.Parameter], path: Path):
 
 @command
 def main(argv: list[str] | None = None):
+    # Not at the top: training and sampling import this file too, and need nothing of these.
+    from bookkeeping.hub import pipeline_files, push
+    from report.card import load_scored, model_card, write_card
+
     args = parse_args(argv)
-    if args.out.resolve() == newest(args.source).resolve():
-        raise InputError(f"{args.out}: is what would be read; choose another folder")
     refuse_other_weights(args.out)
     model, noise_scheduler, metadata = load_weights(args.source)
     metadata["sampling"] = PRESETS[metadata["model"]]["sampling"]  # it may have been chosen after training
     metadata.pop("losses", None)  # of the steps after the last line in the log
-    write_weights(args.out, model.half(), noise_scheduler, metadata)
+    objects = load_objects()
+
+    def complete(folder: Path):
+        for name, text in pipeline_files(metadata, objects).items():
+            (folder / name).write_text(text)
+        scored = [load_scored(pictures, fingerprint(folder)) for pictures in args.scores]
+        write_card(folder, model_card(args.out.resolve().name, metadata, scored, list(objects)), scored)
+
+    write_weights(args.out, model.half(), noise_scheduler, metadata, complete=complete)
     print(f"{args.out}: {sum(f.stat().st_size for f in args.out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
+    if args.push_to_hub:
+        push(args.out, args.push_to_hub)
 
 
 if __name__ == "__main__":

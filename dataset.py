@@ -24,7 +24,8 @@ from data.manifest import MANIFEST_NAME, check_manifest
 from data.pack import PACK, load_pack
 from infra.commands import InputError
 from infra.files import load_json, temporary_beside, write_whole
-from labels import first_scenes, load_labels, multi_hot
+from label_files import first_scenes, load_labels
+from labels import multi_hot
 from options import IMAGE_SIZE
 
 MAX_PIXELS = 4096 * 4096  # of a picture: one of more is a mistake or a decompression bomb
@@ -204,6 +205,8 @@ def load_data(source: Path | None, labels_path: Path, objects: dict[str, int]) -
     """
     default = Path("iclevr") if os.path.lexists("iclevr") else PACK
     found = source or default
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started
+        print(f"reading {found}", flush=True)
     data = ICLEVRDataset(found, labels_path, objects)
     if not source and found != PACK and len(data) < len(data.label_file):
         raise InputError(

@@ -1,11 +1,10 @@
 """Diffusion: noise onto pictures in training, pictures out of noise in sampling.
 
 The sampler has classifier-free guidance, negative prompting and, for comparison, classifier guidance by the
-evaluator. Best-of-N reranking keeps the candidate that fits its label best by the network's own error.
+evaluator. `likelihood_ratio` says how well a picture fits its label by the network's own error.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from labels import hard_negatives, labels_with_one_mistake, load_objects, multi_hot
-from options import IMAGE_SIZE, NUM_OBJECTS
+PICTURE = (3, 64, 64)  # shape of a picture
 
 # `from_config` does not carry `clip_sample` to the others: thresholding at 1 clamps x_0 just so.
 _CLAMP = {"thresholding": True, "sample_max_value": 1.0}
@@ -34,6 +32,12 @@ STOCHASTIC = ("ddpm", "sde-dpmsolver++")  # these draw noise on their way; from 
 # images [B, 3, 64, 64], timesteps [B], labels [B, 24] -> prediction [B, 3, 64, 64]
 Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Interval = tuple[float, float]  # of timesteps, from clear to noise
+Callback = Callable[[torch.Tensor], torch.Tensor]  # images [B, 3, 64, 64] on their way
+
+
+def keep(images: torch.Tensor) -> torch.Tensor:
+    """The callback that changes nothing."""
+    return images
 
 
 # --------------------------------------------------------------------------------------- noise onto pictures
@@ -107,7 +111,7 @@ def make_scheduler(noise_scheduler: DDPMScheduler, sampler: str, steps: int):
 def initial_noise(seeds: list[int], device: torch.device) -> torch.Tensor:
     """Noise [B, 3, 64, 64], a seed for each picture: drawn on the CPU, so it is the same on any device."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return randn_tensor((len(seeds), 3, IMAGE_SIZE, IMAGE_SIZE), generator=generators).to(device)
+    return randn_tensor((len(seeds), *PICTURE), generator=generators).to(device)
 
 
 # -------------------------------------------------------------------------------------------------- guidance
@@ -141,7 +145,7 @@ class Negatives:
             pairs += pairs[:1] * (-len(pairs) % len(label_lists))
         labels = [label for _, label in pairs]
         owners = [i for i, _ in pairs]
-        self.labels = torch.stack(labels).to(device) if labels else torch.zeros(0, NUM_OBJECTS, device=device)
+        self.labels = torch.stack(labels).to(device) if labels else torch.zeros(0, 0, device=device)
         self.owners = torch.tensor(owners, dtype=torch.long, device=device)  # [K], the picture of each
         self.is_own = self.owners == torch.arange(len(label_lists), device=device)[:, None]  # [B, K]
 
@@ -252,7 +256,7 @@ def generate(
     negative_interval: Interval = (0, 1000),
     evaluator: torch.nn.Module | None = None,
     evaluator_scale: float = 0.0,
-    callback: Callable[[torch.Tensor], None] = lambda images: None,
+    callback: Callback = keep,
 ) -> torch.Tensor:
     """Samples [B, 3, 64, 64] in [-1, 1] for multi-hot labels [B, 24], on the device of `labels`.
 
@@ -262,7 +266,7 @@ def generate(
     unconditional one is not computed. `negative_labels`: for each picture its hard negatives [K, 24], K >= 0.
     Within `negative_interval`, `negative_scale` (conditional - nearest negative) is added. `evaluator`, for
     `evaluator_scale` above 0: images -> probabilities [B, 24]; see `evaluator_gradient`. `callback` is given
-    the images before each step, and the clear ones at the end.
+    the images before each step, and the clear ones at the end; those that it returns go on.
 
     Raises FloatingPointError if a prediction or a picture is not finite: clamped, it would be a picture.
     """
@@ -274,7 +278,7 @@ def generate(
     negatives = Negatives(negative_labels, labels.device)
     sums = []  # of each prediction: looked at once at the end, since to look is to wait for the device
     for t in scheduler.timesteps:
-        callback(images)
+        images = callback(images)
         is_guided = guidance_scale != 1 and is_within(guidance_interval, t)
         is_negated = negative_scale > 0 and len(negatives) > 0 and is_within(negative_interval, t)
         inputs = scheduler.scale_model_input(images, t)
@@ -295,9 +299,7 @@ def generate(
         sums.append(prediction.sum())
         images = scheduler.step(prediction, t, images, **step_options).prev_sample
     check_finite(sums, images, scheduler.timesteps.tolist())
-    images = images.clamp(-1, 1)
-    callback(images)
-    return images
+    return callback(images.clamp(-1, 1))
 
 
 # --------------------------------------------------------------------------------------- best-of-N reranking
@@ -344,54 +346,3 @@ def likelihood_ratio(
     # The hardest of the other labels to tell from the own one.
     least = torch.full_like(own, torch.inf).scatter_reduce(0, rows[len(images) :], others, "amin")
     return (least - own) / (len(RATIO_TIMESTEPS) * RATIO_DRAWS)
-
-
-@dataclass
-class Painter:
-    """Paints batches of conditions, each picture the best of `best_of` candidates by its likelihood ratio.
-
-    `network` may be compiled for one size of batches; `plain_network` is the same, not compiled. `options`:
-    of `generate`. `lift_over`: what a label is compared with, "mistakes" for labels with one mistake in them,
-    or "unconditional" for no label at all.
-    """
-
-    network: Network
-    plain_network: Network
-    noise_scheduler: DDPMScheduler
-    options: dict[str, Any]
-    device: torch.device
-    evaluator: torch.nn.Module | None = None
-    best_of: int = 1
-    lift_over: str = "mistakes"
-
-    def paint(
-        self,
-        conditions: list[list[str]],
-        places: list[tuple[int, int]],
-        callback: Callable[[torch.Tensor], None] = lambda images: None,
-    ) -> torch.Tensor:
-        """Pictures [B, 3, 64, 64] in [-1, 1] of B conditions. `places`: (seed of the run, index in the list),
-        on which a picture's noise depends. `callback` as in `generate`."""
-        objects = load_objects()
-        labels = multi_hot(conditions, objects).to(self.device)
-        options = dict(self.options)
-        options["negative_labels"] = [hard_negatives(condition, objects) for condition in conditions]
-        options["evaluator"] = self.evaluator
-        options["callback"] = callback
-        # A candidate is the same picture with other noise.
-        candidates = []
-        for k in range(self.best_of):
-            seeds = [picture_seed(seed, index, k) for seed, index in places]
-            candidates.append(generate(self.network, self.noise_scheduler, labels, seeds, **options))
-        if self.best_of == 1:
-            return candidates[0]
-        if self.lift_over == "mistakes":
-            others = [labels_with_one_mistake(condition, objects) for condition in conditions]
-        else:
-            others = [torch.zeros(1, NUM_OBJECTS)] * len(conditions)
-        # Not by the compiled network, which wants all batches of one size.
-        ratios = [
-            likelihood_ratio(self.plain_network, self.noise_scheduler, images, labels, others) for images in candidates
-        ]
-        best = torch.stack(ratios).argmax(0)  # [B]
-        return torch.stack(candidates)[best, torch.arange(len(best))]

@@ -49,7 +49,8 @@ from tqdm import tqdm
 from dataset import ICLEVRDataset, read_picture, to_float
 from infra.device import choose_precision, explained, join_processes, new_accelerator
 from infra.files import load_json, write_whole
-from labels import load_conditions, load_labels, load_objects, multi_hot, split_by_scene
+from label_files import load_conditions, load_labels, load_objects, split_by_scene
+from labels import multi_hot
 from options import NUM_OBJECTS
 from scoring import BATCH_SIZE as BATCH_SIZE  # code that uses this module may know it from here
 from scoring import Scoring, check_images, check_labels, is_official

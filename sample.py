@@ -78,11 +78,12 @@ from tqdm import tqdm
 from bookkeeping.lists import PictureList, claim, load_lists, settings_of, strip
 from checkpoint import describe, load_weights, newest, newest_weights
 from dataset import read_pictures, to_uint8, write_picture
-from diffusion import Painter
 from infra.device import batch_size_for, choose_setup, explained, join_processes, prepare
 from infra.files import write_json
 from lab import load_evaluator
-from labels import load_objects, multi_hot
+from label_files import load_objects
+from labels import multi_hot
+from pipeline import Painter
 from scoring import Scoring
 
 # ----------------------------------------------------------------------------------------- lists to pictures
@@ -110,11 +111,12 @@ def paint_batch(batch: Batch, size: int, painter: Painter, bar: tqdm) -> torch.T
     filled = batch + batch[-1:] * (size - len(batch))
     strips = [(place, one) for place, (one, i) in enumerate(batch) if one.is_process and i in one.missing]
 
-    def look(images: torch.Tensor):
+    def look(images: torch.Tensor) -> torch.Tensor:
         bar.update()
         for place, one in strips:
             if len(one.frames) <= painter.options["steps"]:  # of the first candidate
                 one.frames.append(images[place].clone())  # a part of the batch would keep the whole of it
+        return images
 
     conditions = [one.conditions[one.places[i][1]] for one, i in filled]
     images = painter.paint(conditions, [one.places[i] for one, i in filled], callback=look)
@@ -251,8 +253,8 @@ def main(argv: list[str] | None = None):
         state.print(f"evaluator: {evaluator.path}; {json.dumps(options)}")
         plain_network, network = prepare(model, setup)
         painter = Painter(
-            network, plain_network, noise_scheduler, options, state.device, evaluator.resnet18, args.best_of,
-            args.lift_over,
+            network, plain_network, noise_scheduler, load_objects(), options, state.device, evaluator.resnet18,
+            args.best_of, args.lift_over,
         )  # fmt: skip
         start = time.perf_counter()
         calls = (options["steps"] + 1) * args.best_of * len(batches)

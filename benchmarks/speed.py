@@ -44,7 +44,7 @@ from dataset import ICLEVRDataset, to_float
 from diffusion import generate
 from infra.commands import ROOT, number
 from infra.device import Setup, batch_size_for, choose_setup, has_fast_bf16, join_processes, prepare
-from labels import load_objects
+from label_files import load_objects
 from model import build
 from options import IMAGE_SIZE, NUM_OBJECTS, PRECISIONS, PRESETS
 

@@ -29,7 +29,7 @@ from dataset import load_data
 from infra.commands import InputError, command, number
 from infra.files import load_json, lock, write_json
 from infra.signals import signals_interrupt
-from labels import load_objects
+from label_files import load_objects
 from studies.measure_row import background_spread, seconds_per_step
 from studies.rows import BASE, ROWS
 from studies.study_page import draw, guidance_table, search_table, seeds_table, table

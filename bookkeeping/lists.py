@@ -23,7 +23,7 @@ from diffusion import STOCHASTIC
 from infra.commands import ROOT, InputError, did_you_mean, shown
 from infra.device import choose_precision, device_name
 from infra.files import contents, file_sha256, load_json, lock, remove_temporaries, write_json
-from labels import check_condition, load_conditions, load_objects
+from label_files import check_condition, load_conditions, load_objects
 from options import RANGES
 from scoring import Scoring
 

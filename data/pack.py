@@ -10,7 +10,7 @@ import torch
 from data.manifest import check_manifest
 from infra.commands import ROOT, InputError
 from infra.files import parse_json, temporary_beside
-from labels import first_scenes, scene_of
+from label_files import first_scenes, scene_of
 from options import IMAGE_SIZE
 
 PACK = ROOT / "data" / "iclevr.npz"  # the pictures that ship

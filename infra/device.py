@@ -244,7 +244,7 @@ def choose_setup(state: PartialState, precision: str | None, passes: int, traini
         why_compile = trouble
     else:
         compile_mode = mode
-        why_compile = f"{passes:,} passes; pays from some {COMPILE_FROM:,}"
+        why_compile = f"{passes:,} passes; pays from some {COMPILE_FROM:,}; the first takes one to three minutes"
     reasons = (why_precision, why_format, why_compile)
     return Setup(device, state.num_processes, precision, memory_format, compile_mode, reasons)
 

@@ -46,7 +46,7 @@ from data.pack import HELD_OUT
 from dataset import ICLEVRDataset, load_data
 from infra.files import write_whole
 from lab import load_evaluator
-from labels import load_objects
+from label_files import load_objects
 from report import figures, sections
 from report.metrics import judge, load_samples
 

@@ -36,7 +36,8 @@ from scipy.stats import t as student_t
 from dataset import read_pictures
 from infra.files import check_fields, load_json
 from lab import load_evaluator
-from labels import check_condition, colour_of, load_objects, multi_hot, shape_of
+from label_files import check_condition, load_objects
+from labels import colour_of, multi_hot, shape_of
 from options import NUM_OBJECTS
 from report.judge import Found, count_colours, find_objects
 from scoring import Scoring

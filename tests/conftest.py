@@ -25,7 +25,8 @@ import sample
 import train
 from checkpoint import write_weights
 from data import render
-from model import ConditionalUNet, build
+from model import build
+from network import ConditionalUNet
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "weights" / "small"
@@ -52,7 +53,6 @@ NAMES = list(json.loads((ROOT / "train.json").read_text()))[:12]  # those of the
 TINY_NETWORK = {
     "block_out_channels": (32, 32),
     "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
     "layers_per_block": 1,
     "patch_size": 4,
 }
@@ -131,7 +131,6 @@ def seedling(tmp_path_factory) -> Path:
     model = ConditionalUNet(
         block_out_channels=(32, 32),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         patch_size=8,
         dropout=0.1,

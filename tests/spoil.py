@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from labels import load_objects
+from label_files import load_objects
 from model import build
 
 

@@ -15,7 +15,7 @@ from conftest import ROOT, SAMPLE, TRAIN
 from infra import commands
 from infra.commands import InputError
 from infra.files import text_sha256
-from labels import load_conditions, load_objects
+from label_files import load_conditions, load_objects
 
 SCRIPTS = ["train.py", "sample.py", "evaluator.py", "checkpoint.py"]
 MODULES = ["report", "report.metrics", "data.render"]

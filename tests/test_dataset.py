@@ -12,7 +12,7 @@ import dataset
 from conftest import NAMES, OFFICIAL, ROOT
 from dataset import CACHE_NAME, ICLEVRDataset
 from infra.commands import InputError
-from labels import load_labels, load_objects
+from label_files import load_labels, load_objects
 
 OBJECTS = load_objects()
 LABELS = load_labels(ROOT / "train.json", OBJECTS)

@@ -10,8 +10,10 @@ from checkpoint import load_weights
 from conftest import ROOT, SHIPPED
 from data.pack import PACK
 from dataset import ICLEVRDataset, to_float
-from labels import hard_negatives, labels_with_one_mistake, load_conditions, load_objects, multi_hot
-from model import ConditionalUNet, build
+from label_files import load_conditions, load_objects
+from labels import hard_negatives, labels_with_one_mistake, multi_hot
+from model import build
+from network import ConditionalUNet
 from options import SAMPLERS
 
 OBJECTS = load_objects()
@@ -283,7 +285,7 @@ def test_the_likelihood_ratio_tells_right_labels_from_mistaken_ones():
 
 @pytest.mark.parametrize("weight", [0.1, 1e38])
 def test_weights_that_are_too_large_are_told(weight):
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2}
     model = ConditionalUNet(block_out_channels=(32, 32), layers_per_block=1, patch_size=4, **blocks).eval()
     torch.nn.init.constant_(model.class_embedding.weight, weight)
     arguments = (model, build("small")[1], LABELS, [5, 6], "ddim", 4, 2.0)

@@ -16,7 +16,7 @@ from data.pack import PACK
 from dataset import ICLEVRDataset, to_float
 from evaluator import evaluation_model
 from infra.commands import InputError
-from labels import load_objects
+from label_files import load_objects
 
 SHIPPED = ROOT / "weights" / "evaluator.pth"
 

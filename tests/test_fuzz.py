@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from conftest import NAMES, TINY_NETWORK
 from dataset import read_picture
 from infra.commands import InputError
-from labels import load_conditions, load_labels, load_objects
+from label_files import load_conditions, load_labels, load_objects
 from model import load_network, load_noise_scheduler
 
 OBJECTS = load_objects()

@@ -17,7 +17,7 @@ from conftest import ROOT, SAMPLE, TRAIN, listing
 from dataset import read_picture
 from hostile_inputs import INPUTS
 from infra.commands import InputError
-from labels import load_objects
+from label_files import load_objects
 from report import __main__ as report
 from report import metrics
 

@@ -8,7 +8,8 @@ from data import render
 from data.pack import HELD_OUT
 from dataset import ICLEVRDataset
 from evaluator import evaluation_model
-from labels import colour_of, load_objects
+from label_files import load_objects
+from labels import colour_of
 from report import metrics
 from report.judge import find_objects
 

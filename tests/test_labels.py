@@ -1,16 +1,8 @@
 """Labels: hard negatives, triples that were never seen, splits by scene."""
 
 from conftest import ROOT
-from labels import (
-    hard_negatives,
-    labels_with_one_mistake,
-    load_labels,
-    load_objects,
-    multi_hot,
-    scene_of,
-    split_by_scene,
-    unseen_triples,
-)
+from label_files import load_labels, load_objects, scene_of, split_by_scene, unseen_triples
+from labels import hard_negatives, labels_with_one_mistake, multi_hot
 
 OBJECTS = load_objects()
 LABELS = load_labels(ROOT / "train.json", OBJECTS)

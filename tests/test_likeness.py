@@ -7,7 +7,7 @@ from conftest import ROOT
 from data.pack import HELD_OUT, PACK
 from dataset import ICLEVRDataset
 from evaluator import evaluation_model
-from labels import load_objects
+from label_files import load_objects
 from report.likeness import distances, features, nearest
 
 

@@ -11,7 +11,8 @@ from conftest import ROOT
 from data.pack import HELD_OUT
 from dataset import ICLEVRDataset
 from evaluator import evaluation_model
-from labels import load_objects, multi_hot, shape_of
+from label_files import load_objects
+from labels import multi_hot, shape_of
 from report import metrics
 from report.judge import Found
 

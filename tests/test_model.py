@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoint import load_weights, write_weights
 from conftest import METADATA
 from infra.device import new_accelerator
-from model import ConditionalUNet, build
+from model import build
+from network import ConditionalUNet
 from options import PRESETS
 
 

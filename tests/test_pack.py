@@ -14,7 +14,7 @@ from data import render
 from data.pack import PACK
 from dataset import ICLEVRDataset
 from infra.commands import InputError
-from labels import load_labels, load_objects
+from label_files import load_labels, load_objects
 
 OBJECTS = load_objects()
 LABELS = load_labels(ROOT / "train.json", OBJECTS)
@@ -23,7 +23,7 @@ from resource import RUSAGE_SELF, getrusage
 from data.pack import PACK
 from dataset import ICLEVRDataset
 from infra.commands import ROOT
-from labels import load_objects
+from label_files import load_objects
 
 before = getrusage(RUSAGE_SELF).ru_maxrss
 ICLEVRDataset(PACK, ROOT / "train.json", load_objects())

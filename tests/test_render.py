@@ -17,7 +17,7 @@ from PIL import Image
 from conftest import OFFICIAL, ROOT
 from data import render
 from infra.files import file_sha256
-from labels import load_conditions, load_labels, load_objects
+from label_files import load_conditions, load_labels, load_objects
 
 
 def kinds(path):

@@ -18,7 +18,8 @@ import train
 from checkpoint import load_weights
 from conftest import LAUNCH, ROOT, SHIPPED, TINY
 from dataset import read_pictures, to_float
-from labels import labels_with_one_mistake, load_conditions, load_objects, multi_hot
+from label_files import load_conditions, load_objects
+from labels import labels_with_one_mistake, multi_hot
 
 FP32 = ("--mixed-precision", "no")  # where pictures are compared: some processors would choose bf16
 

@@ -16,7 +16,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import study
 import train
-from model import ConditionalUNet
+from network import ConditionalUNet
 from studies import long_run, study_page
 from studies.measure_row import background_spread, count_spikes
 from studies.rows import BASE, ROWS, preset_of

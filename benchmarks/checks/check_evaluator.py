@@ -25,7 +25,8 @@ from data.pack import PACK
 from dataset import ICLEVRDataset, to_float
 from evaluator import evaluation_model, soften
 from infra.commands import ROOT
-from labels import colour_of, load_objects, scene_of, shape_of
+from label_files import load_objects, scene_of
+from labels import colour_of, shape_of
 from report.metrics import confusions, kind_of
 
 BLUR = 0.6  # pixels

@@ -31,7 +31,7 @@ from checkpoint import checkpoints, load_metadata, step_of, steps_done
 from dataset import read_picture, write_picture
 from infra.device import choose_setup, join_processes
 from infra.files import load_json, write_json
-from labels import load_labels, load_objects
+from label_files import load_labels, load_objects
 from options import NUM_OBJECTS, PRESETS
 from report import metrics
 from speed import device_name

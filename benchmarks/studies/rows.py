@@ -45,16 +45,12 @@ REPORT: dict[str, dict] = {
 TINY = PRESETS["tiny-attention"]["network"]
 # That of the report's networks: the label is added to the features of a block.
 ADDED = {"resnet_time_scale_shift": "default"}
-NO_ATTENTION = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
-MORE_ATTENTION = {
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-}
+NO_ATTENTION = {"down_block_types": ("DownBlock2D",) * 3}
+MORE_ATTENTION = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")}
 LARGE_PATCHES = {
     "patch_size": 4,
     "block_out_channels": (128, 192),
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
 }
 SCALES = (1.0, 2.0, 3.0)
 QUICK = ("quick",)
