@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from infra.commands import ROOT, InputError, Parser, command, number, read_early, to_path, to_seed
-from options import OPTIMIZERS, PRECISIONS, PRESETS
+from options import OPTIMIZERS, PRECISIONS, PRESETS, SCHEDULES
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -41,18 +41,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ema-decay", type=number(float, 0, 1), help="of the averaged weights; 0: none")
     add("--label-dropout", type=number(float, 0, 1), help="share trained without label")
     add("--optimizer", choices=OPTIMIZERS)
+    add("--prediction-type", choices=SCHEDULES["prediction_type"], help="what the network predicts")
+    add("--beta-schedule", choices=SCHEDULES["beta_schedule"], help="of the noise")
     add("--timestep-sampling", choices=("uniform", "logit-normal"))
     add("--min-snr-gamma", type=number(float, 0), help="weigh timesteps in the loss by min-SNR; 0: alike")
 
     add = parser.add_argument_group("output").add_argument
     add("--save-every", type=number(int, 1), metavar="STEPS", help="default: every 10 minutes, at the end")
     add("--sample-every", type=number(int, 0), default=1000, metavar="STEPS", help="default: 1000; 0: never")
+    add("--eval-every", type=number(int, 0), default=0, metavar="STEPS",
+        help="score 64 validation conditions, painted with few steps, by the evaluator; default: 0, never")  # fmt: skip
     add("--keep-checkpoints", type=number(int, 1), default=2, metavar="N", help="the newest N (default: 2)")
     add("--log-every", type=number(int, 1), default=10, metavar="STEPS", help="default: 10")
     add("--log-with", choices=("tensorboard", "wandb"), help="besides <out>/log.jsonl")
     args = parser.parse_args(argv)
     # Whatever is not given is as in the preset.
-    for name, value in PRESETS[args.model]["training"].items():
+    preset = PRESETS[args.model]
+    for name, value in (preset["training"] | {name: preset["scheduler"][name] for name in SCHEDULES}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs", args.model)
@@ -73,21 +78,22 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import checkpoint
 from bookkeeping import tracking
-from bookkeeping.run import Run, announce, is_due, recipe_of
+from bookkeeping.preview import preview
+from bookkeeping.run import Run, announce, recipe_of
 from checkpoint import TrainingState
-from dataset import ICLEVRDataset, batch_indices, load_data, seed_of, to_float, to_uint8, write_picture
-from diffusion import generate, picture_seed, target_of
+from dataset import ICLEVRDataset, batch_indices, load_data, seed_of, to_float
+from diffusion import target_of
 from infra.device import Setup, choose_setup, explained, join_processes, new_accelerator, smaller_batch
 from infra.files import disk_errors, lock, text_sha256
 from infra.signals import clean_stop
-from labels import hard_negatives, load_conditions, load_objects, multi_hot, unseen_triples
-from model import ConditionalUNet, build
+from label_files import load_objects, unseen_triples
+from model import build
 from muon import Muon
+from network import ConditionalUNet
 
 OPTIMIZER_CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
@@ -208,8 +214,8 @@ def train(
             # Keep. A signal to stop is seen by all processes after the same step.
             done = step + 1
             is_stopping = run.watch.is_stopping(step)
-            if accelerator.is_main_process and is_due(done, args.sample_every, args.max_steps):
-                sample_grid(args, done, ema_model, noise_scheduler, accelerator)
+            if accelerator.is_main_process:
+                preview(args, done, ema_model, noise_scheduler, run)
             if is_stopping or run.is_time_to_save(done):
                 run.save(state, noise_scheduler, done)
             if is_stopping:
@@ -221,53 +227,27 @@ def train(
 # ------------------------------------------------------------------------------------------------- around it
 
 
-def sample_grid(
-    args: argparse.Namespace,
-    step: int,
-    model: torch.nn.Module,
-    noise_scheduler: DDPMScheduler,
-    accelerator: Accelerator,
-):
-    """Paint eight validation conditions from the same noise each time: a quick look, with few steps, for the
-    run's folder and for trackers."""
-    # Conditions of neither test list, since nothing may be chosen by those.
-    objects = load_objects()
-    conditions = load_conditions(ROOT / "validation.json", objects)[::8]
-    labels = multi_hot(conditions, objects).to(accelerator.device)
-    seeds = [picture_seed(0, i) for i in range(len(labels))]
-    options = PRESETS[args.model]["sampling"] | {"sampler": "dpmsolver++", "steps": 15}
-    options["negative_labels"] = [hard_negatives(condition, objects) for condition in conditions]
-    model.eval()
-    try:
-        with accelerator.autocast():
-            images = generate(model, noise_scheduler, labels, seeds, **options)
-    except FloatingPointError as error:  # which the loss may not show
-        print(f"{args.out}: no sample grid of step {step:,}: {error}")
-        return
-    finally:
-        model.train()
-    grid = make_grid(to_uint8(images).cpu(), nrow=8)
-    (args.out / "samples").mkdir(exist_ok=True)
-    write_picture(args.out / "samples" / f"{step:07d}.png", grid)
-    tracking.log_grid(accelerator, grid, step)
-
-
 def load_model(args: argparse.Namespace, data: ICLEVRDataset) -> tuple[ConditionalUNet, DDPMScheduler, dict]:
     """The network to train, new or that of --init, its noise scheduler, and what a run's checkpoints say of
     it. Raises InputError."""
     unseen = unseen_triples(data.label_file, data.objects)
     pictures_before = 0
+    schedule = {name: getattr(args, name) for name in SCHEDULES}
     if args.init:
         # The network is that of the weights, also where the preset has changed since.
         model, noise_scheduler, before = checkpoint.load_weights(args.init)
         if before["model"] != args.model:
             raise InputError(f"{args.init}: weights of --model {before['model']}, not of {args.model}")
+        for name, value in schedule.items():
+            trained = noise_scheduler.config[name]
+            if trained != value:
+                raise InputError(f"{args.init}: trained with {name} {trained}, not {value}; give it as an option")
         pictures_before = before["pictures_seen"]
         # Not seen by any of the runs that led here.
         unseen = [triple for triple in unseen if triple in before["unseen"]]
     else:
         torch.manual_seed(args.seed)
-        model, noise_scheduler = build(args.model)
+        model, noise_scheduler = build(args.model, **schedule)
     metadata = {
         "model": args.model,
         "recipe": recipe_of(args),

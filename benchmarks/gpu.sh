@@ -76,7 +76,7 @@ train() {
     tr '\r' '\n' <"$WORK/$name.err" | tail -n 3
     if [ -s "$WORK/$name/log.jsonl" ]; then
         cp "$WORK/$name/log.jsonl" "$results/$name.jsonl"
-        $python benchmarks/curve.py "$WORK/$name/log.jsonl" --out "$results/$name.png"
+        $python -m bookkeeping.curves "$WORK/$name" --out "$results/$name.png"
     fi
     local grids=("$WORK/$name/samples/"*.png)
     [ ! -e "${grids[-1]}" ] || cp "${grids[-1]}" "$results/$name-samples.png"

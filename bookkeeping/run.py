@@ -12,11 +12,15 @@ from diffusers import DDPMScheduler
 
 import checkpoint
 from bookkeeping import tracking
+from bookkeeping.curves import CURVES_NAME, LOG_NAME, draw_curves
 from bookkeeping.watch import Watch
 from checkpoint import TrainingState
 from dataset import ICLEVRDataset
 from infra.device import Setup, seconds_per_picture
-from options import PRESETS
+from lab import load_evaluator
+from label_files import load_objects
+from labels import multi_hot
+from options import PRESETS, SCHEDULES
 
 SAVE_EVERY = 600  # seconds, without --save-every
 
@@ -28,7 +32,7 @@ def is_due(done: int, every: int, last: int) -> bool:
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """What decides the result of a run, but for rounding: it may not change when the run goes on."""
-    names = ["model", "seed", "mixed_precision", *PRESETS[args.model]["training"]]
+    names = ["model", "seed", "mixed_precision", *PRESETS[args.model]["training"], *SCHEDULES]
     recipe = {name: getattr(args, name) for name in names if name not in ("epochs", "batch_size")}
     recipe["batch_size * grad_accum"] = args.batch_size * args.grad_accum
     if args.lr_schedule != "constant":
@@ -79,6 +83,7 @@ class Run:
         self._metadata = metadata
         self._pictures_before = metadata["pictures_seen"]  # by the weights that training starts from
         self._filenames = filenames
+        self._evaluator = load_evaluator(None, accelerator.device) if args.eval_every else None
 
     def begin(self, state: TrainingState) -> int:
         """Load the newest checkpoint into `state`, if there is one, and open the log; returns the steps done.
@@ -119,6 +124,14 @@ class Run:
             setattr(optimizer, "found_inf", found_inf)  # noqa: B010 - which torch does not declare
         self.watch.put(step, numbers, optimizer.param_groups[0]["lr"], pictures)
 
+    def score(self, done: int, pictures: torch.Tensor, conditions: list[list[str]]):
+        """Log what the evaluator finds in uint8 pictures [B, 3, 64, 64] of B conditions, painted after `done` steps."""
+        if self._evaluator:
+            labels = multi_hot(conditions, load_objects())
+            found = self._evaluator.judge(pictures)
+            accuracy = self._evaluator.compute_acc(found, labels)
+            self.watch.note_scores(done, {"accuracy": accuracy, "exact_set": self._evaluator.exact_set(found, labels)})
+
     def is_time_to_save(self, done: int) -> bool:
         """As --save-every says, else after SAVE_EVERY seconds and at the end."""
         if self.args.save_every:
@@ -138,6 +151,7 @@ class Run:
         if state.scaler:
             metadata["grad_scaler"] = state.scaler.state_dict()
         checkpoint.save(self.args.out, state, noise_scheduler, metadata, self.args.keep_checkpoints)
+        draw_curves({"": self.args.out / LOG_NAME}, self.args.out / CURVES_NAME)
         self._last_saved = time.monotonic()
 
     def end(self, done: int, is_stopping: bool):

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 import checkpoint
+from bookkeeping.curves import LOG_NAME
 from infra.commands import InputError
 from infra.device import start_copy
 
@@ -74,9 +75,10 @@ class Watch:
         self._batch_size = args.batch_size * args.grad_accum
         self._last_logged = first_step
         self._last_time = time.perf_counter()
+        self._shown: dict[str, str] = {}  # in the bar
         self._log: TextIO | None = None
         if accelerator.is_main_process:
-            self._log = open_log(args.out / "log.jsonl", first_step)
+            self._log = open_log(args.out / LOG_NAME, first_step)
 
     def put(self, index: int, numbers: torch.Tensor, learning_rate: float, pictures: torch.Tensor):
         """Give it loss, gradient norm, and above 0 if a process is to stop: [3] on the device; `pictures`:
@@ -133,7 +135,16 @@ class Watch:
         self.losses = []
         self._last_logged = done
         self._last_time = now
-        self.accelerator.log(entry, step=done)
+        self._store(entry)
+
+    def note_scores(self, done: int, scores: dict[str, float]):
+        """Log what the evaluator found after `done` steps: a line of its own."""
+        self._store({"step": done, "pictures": done * self._batch_size, **scores})
+
+    def _store(self, entry: dict):
+        self.accelerator.log(entry, step=entry["step"])
         if self._log:
             self._log.write(json.dumps(entry) + "\n")
-            self.bar.set_postfix(loss=f"{entry['loss']:.4f}")
+            shown = {name: entry[name] for name in ("loss", "accuracy") if name in entry}
+            self._shown.update({name: f"{value:.4f}" for name, value in shown.items()})
+            self.bar.set_postfix(self._shown)

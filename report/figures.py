@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import statistics
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from bookkeeping.curves import plot_steps, read_log
 from report.metrics import confidence_interval
 
 # Text in a figure stays text, in the font of the page.
@@ -112,14 +112,10 @@ def draw_histograms(sets: dict[str, dict[str, np.ndarray]]) -> str:
 
 
 def draw_log(path: Path) -> str:
-    """The loss of a training run over the pictures it has seen, as a running mean over a fiftieth of the run.
-    `path`: its log.jsonl."""
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    pictures = [entry["pictures"] for entry in entries]
-    loss = [entry["loss"] for entry in entries]
-    width = max(1, len(loss) // 50)
+    """The loss of a training run over the pictures it has seen. `path`: its log.jsonl."""
+    steps, _ = read_log(path)
     figure = Figure(figsize=(6, 3))
     axes = figure.subplots()
-    axes.plot(pictures[width - 1 :], np.convolve(loss, np.ones(width) / width, "valid"))
+    plot_steps(axes, steps, "loss")
     axes.set(xlabel="pictures seen", ylabel="training loss", yscale="log")
     return to_svg(figure)

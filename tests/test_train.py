@@ -2,22 +2,24 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoint
+import sample
 import train
 from bookkeeping import run as bookkeeping
-from checkpoint import checkpoints, load_weights
+from checkpoint import checkpoints, load_weights, steps_done
 from conftest import ROOT, SHIPPED, TINY, TORCHRUN
 from dataset import batch_indices
 from diffusion import target_of
 from infra.files import load_json
 from model import build
-from options import PRESETS
 from runs import log_of, tensors
 
 
@@ -99,19 +101,62 @@ def test_min_snr_weighs_an_error_of_the_picture_alike_whatever_is_predicted():
 
 
 @pytest.mark.slow
-def test_min_snr_and_every_prediction_are_trained_and_kept(pictures, tmp_path, monkeypatch):
-    for prediction_type in ("epsilon", "v_prediction", "sample"):
-        scheduler = PRESETS["small"]["scheduler"] | {"prediction_type": prediction_type}
-        monkeypatch.setitem(PRESETS["small"], "scheduler", scheduler)
+def test_min_snr_every_prediction_and_schedule_are_trained_and_kept(pictures, tmp_path):
+    schedules = [("epsilon", "squaredcos_cap_v2"), ("v_prediction", "linear"), ("sample", "squaredcos_cap_v2")]
+    for prediction_type, beta_schedule in schedules:
         losses = []
         for gamma in (0, 5):
             run = tmp_path / f"{prediction_type}-{gamma}"
-            start(pictures, run, "--max-steps", 1, "--min-snr-gamma", gamma)
+            schedule = ["--prediction-type", prediction_type, "--beta-schedule", beta_schedule]
+            start(pictures, run, "--max-steps", 1, "--min-snr-gamma", gamma, *schedule)
             losses.append(log_of(run)[0]["loss"])
             _, noise_scheduler, metadata = load_weights(run)
-            assert noise_scheduler.config.prediction_type == prediction_type
+            assert noise_scheduler.config.prediction_type == metadata["recipe"]["prediction_type"] == prediction_type
+            assert noise_scheduler.config.beta_schedule == metadata["recipe"]["beta_schedule"] == beta_schedule
             assert metadata["recipe"]["min_snr_gamma"] == gamma
         assert losses[1] != losses[0] > 0
+
+
+@pytest.mark.slow
+def test_weights_are_trained_further_only_with_their_own_schedule(pictures, tmp_path, refused):
+    options = ["--max-steps", 1, "--prediction-type", "epsilon"]
+    start(pictures, tmp_path / "a", *options)
+    argv = [*TINY, "--data", pictures, "--init", tmp_path / "a", "--out", tmp_path / "b", "--max-steps", 1]
+    refused(train.main, argv, tmp_path / "a", "epsilon")
+    assert not (tmp_path / "b").exists()
+    start(pictures, tmp_path / "b", *options, "--init", tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_a_run_from_before_an_option_goes_on_with_what_it_did(argv, tmp_path):
+    train.main(argv(tmp_path, "--max-steps", 3, "--save-every", 2, "--lr-schedule", "constant"))
+    shutil.rmtree(tmp_path / "checkpoint-0000003")
+    path = tmp_path / "checkpoint-0000002" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    for name in ("prediction_type", "beta_schedule", "min_snr_gamma"):
+        del metadata["recipe"][name]
+    path.write_text(json.dumps(metadata))
+    train.main(argv(tmp_path, "--max-steps", 3, "--save-every", 2, "--lr-schedule", "constant"))
+    assert steps_done(tmp_path) == 3
+
+
+@pytest.mark.slow
+def test_accuracy_is_logged_and_drawn_while_training(argv, tmp_path):
+    """It is that of sample.py with the same weights. The first checkpoint is written before a step is logged."""
+    run = tmp_path / "run"
+    options = ["--eval-every", 2, "--save-every", 2, "--log-every", 3, "--mixed-precision", "no"]
+    train.main(argv(run, "--max-steps", 3, *options))
+    assert [line["step"] for line in log_of(run) if "loss" in line] == [3]
+    scores = [line for line in log_of(run) if "accuracy" in line]
+    assert [line["step"] for line in scores] == [2, 3]
+    sampling = ["--mode", "validation", "--weights", str(run), "--mixed-precision", "no"]
+    sample.main([*sampling, "--out", str(tmp_path / "images")])
+    report = load_json(tmp_path / "images" / "validation.json")
+    assert scores[-1]["accuracy"] == pytest.approx(report["accuracy"], abs=0.02)  # rounding may change a picture
+    assert scores[-1]["exact_set"] == pytest.approx(report["exact_set"], abs=0.02)
+    with Image.open(run / "curves.png") as image:
+        image.load()
+        assert min(image.size) > 300
 
 
 @pytest.mark.slow
