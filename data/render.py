@@ -16,6 +16,7 @@ Pictures ship as packs in data/. To make one: render a folder, pack it, move the
     mv held_out.npz data/
 
     python -m data.render --verify            # renders 20 scenes of data/iclevr.npz again and compares
+    python -m data.render --export DIR        # the pictures of data/iclevr.npz for datasets.load_dataset
 
 A picture is a function of (seed, scene name, objects) alone: the number of workers, the order and where a
 run was stopped leave no trace in it. Scene, lamps and materials are those of CLEVR (Johnson et al. 2017,
@@ -56,6 +57,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     other.add_argument("--verify", action="store_true",
                        help="render --limit scenes (default: 20) of OUT.npz again, or without --out of "
                        "data/iclevr.npz, and compare")  # fmt: skip
+    other.add_argument("--export", type=to_path, metavar="DIR",
+                       help="write the pictures of --out, or without it of data/iclevr.npz, to DIR as Parquet, for "
+                       "datasets.load_dataset")  # fmt: skip
     args = parser.parse_args(argv)
     if args.random_scenes and not args.out:
         parser.error("--random-scenes needs --out DIR")
@@ -77,11 +81,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data.export import export
 from data.manifest import MANIFEST_NAME, open_manifest
 from data.pack import PACK, is_pack, load_pack, save_pack
 from dataset import ICLEVRDataset
 from infra.files import contents, text_sha256, write_json
-from labels import MAX_OBJECTS, colour_of, load_labels, load_objects, scene_of
+from label_files import MAX_OBJECTS, load_labels, load_objects, scene_of
+from labels import colour_of
 
 SHAPES = ("cube", "sphere", "cylinder")
 COLORS = {  # sRGB numbers that CLEVR hands to Blender as if they were linear
@@ -608,6 +614,8 @@ def main(argv: list[str] | None = None):
     out = args.out or Path("iclevr")
     if args.pack:
         pack(out, args.labels, objects, args.limit)
+    elif args.export:
+        export(ICLEVRDataset(args.out or PACK, args.labels, objects), args.export)
     elif args.verify:
         path = out.with_name(f"{out.name}.npz") if args.out else PACK
         verify(path, args.labels, args.limit or 20, args.workers, objects)
