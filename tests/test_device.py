@@ -4,6 +4,8 @@ is taken into account or refused."""
 import copy
 import resource
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from model import build
 
 TRAINING = f"{TRAIN} --max-steps 1".replace("--out run", "--out new")
 PREFIX = "import torch; from infra import device; "
+HEADER = Path(sysconfig.get_path("include"), "Python.h")  # which the compiler's code includes
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +103,7 @@ def test_a_missing_compiler_is_told(run, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.skipif(not HEADER.exists(), reason="needs Python's headers")
 def test_a_working_compiler_is_found():
     assert compiler_trouble(torch.device("cpu")) is None
 
