@@ -6,6 +6,7 @@ what happened: docs/faults.md. As a script, make weights to ship, which open in 
 
     python checkpoint.py runs/small DIR                       # the newest checkpoint of the run, in half precision
     python checkpoint.py DIR DIR --scores images/test         # the model card with scores of pictures painted by DIR
+    python checkpoint.py DIR DIR                              # with the code of today; the card stays
     python checkpoint.py DIR DIR --push-to-hub you/your-model
 """
 
@@ -367,7 +368,7 @@ def load_optimizer(optimizer, parameters: list[torch.nn.Parameter], path: Path):
 def main(argv: list[str] | None = None):
     # Not at the top: training and sampling import this file too, and need nothing of these.
     from bookkeeping.hub import pipeline_files, push
-    from report.card import load_scored, model_card, write_card
+    from report.card import CARD_NAME, GRID_NAME, load_scored, model_card, write_card
 
     args = parse_args(argv)
     refuse_other_weights(args.out)
@@ -379,7 +380,14 @@ def main(argv: list[str] | None = None):
     def complete(folder: Path):
         for name, text in pipeline_files(metadata, objects).items():
             (folder / name).write_text(text)
-        scored = [load_scored(pictures, fingerprint(folder)) for pictures in args.scores]
+        weights = fingerprint(folder)
+        # Scores of the same weights stay, so that new code needs no new pictures.
+        if not args.scores and (args.out / CARD_NAME).is_file() and fingerprint(args.out) == weights:
+            for name in (CARD_NAME, GRID_NAME):
+                if (args.out / name).is_file():
+                    shutil.copyfile(args.out / name, folder / name)
+            return
+        scored = [load_scored(pictures, weights) for pictures in args.scores]
         write_card(folder, model_card(args.out.resolve().name, metadata, scored, list(objects)), scored)
 
     write_weights(args.out, model.half(), noise_scheduler, metadata, complete=complete)

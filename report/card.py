@@ -48,6 +48,7 @@ def model_card(name: str, metadata: dict, scored: list[Scored], objects: list[st
                 task_type=TASK,
                 dataset_type="i-clevr",
                 dataset_name=f"i-CLEVR, {one.name}",
+                dataset_split=one.name,  # by which, not by the name, the Hub tells them apart
                 metric_type=metric,
                 metric_value=round(one.scores[measure].mean, 4),
             )

@@ -194,18 +194,26 @@ def test_a_mistake_is_told(pipe, arguments, word):
 def test_the_card_holds_the_scores_of_these_weights(exported, six, tmp_path, refused):
     folder = tmp_path / "mine"
     shutil.copytree(exported, folder)
-    sample.main([*six, "--weights", str(folder), "--seeds", "2"])
-    scores = ["--scores", str(tmp_path / "out" / "six")]
+    shutil.copy(tmp_path / "six.json", tmp_path / "again.json")
+    lists = [*six[:2], str(tmp_path / "again.json")]
+    sample.main([*lists, *six[2:], "--weights", str(folder), "--seeds", "2"])
+    scores = ["--scores", str(tmp_path / "out" / "six"), str(tmp_path / "out" / "again")]
     checkpoint.main([str(folder), str(folder), *scores])
     card = ModelCard.load(folder / "README.md")
-    report = json.loads((tmp_path / "out" / "six.json").read_text())
-    found = {one.metric_type: one.metric_value for one in card.data.eval_results}
-    assert found["accuracy"] == pytest.approx(report["accuracy"], abs=1e-4)
-    assert found["exact_match"] == pytest.approx(report["exact_set"], abs=1e-4)
-    assert set(card.data.metrics) == set(found)
-    assert f"{report['accuracy']:.3f}" in card.text
+    found = {(one.dataset_split, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert set(found) == {(name, metric) for name in ("six", "again") for metric in card.data.metrics}
+    for name in ("six", "again"):
+        report = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert found[name, "accuracy"] == pytest.approx(report["accuracy"], abs=1e-4)
+        assert found[name, "exact_match"] == pytest.approx(report["exact_set"], abs=1e-4)
+        assert f"{report['accuracy']:.3f}" in card.text
     assert (folder / "samples.png").read_bytes() == (tmp_path / "out" / "six.png").read_bytes()
     assert 'from_pretrained("mine"' in card.text
+
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (folder / "pipeline.py").write_text("of another day")
+    checkpoint.main([str(folder), str(folder)])  # renews the code and keeps the scores
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
 
     before = listing(folder)
     refused(checkpoint.main, [SHIPPED, tmp_path / "other", *scores], "other weights")

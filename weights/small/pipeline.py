@@ -1,0 +1,596 @@
+"""Paints conditions: what sample.py works with, and a pipeline of diffusers.
+
+`python checkpoint.py RUN DIR` writes this file, with all that it needs of labels.py and diffusion.py, as
+`DIR/pipeline.py`: a fresh process then paints without this project.
+
+    pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
+    pipe(["red sphere", "cyan cube"], generator=torch.Generator().manual_seed(0)).images[0]
+"""
+
+# Written by checkpoint.py of iclevr-ddpm from its labels.py, diffusion.py, pipeline.py.
+
+import difflib
+import itertools
+import numpy as np
+import torch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, DiffusionPipeline, ImagePipelineOutput, UniPCMultistepScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import functional as F
+from typing import Any
+
+# ------------------------------ labels.py
+
+
+def colour_of(name: str) -> str:
+    """The colour in an object's name, such as "red" of "red cube"."""
+    return name.split()[0]
+
+
+def shape_of(name: str) -> str:
+    """The shape in an object's name, such as "cube" of "red cube"."""
+    return name.split()[1]
+
+
+def multi_hot(conditions: list[list[str]], objects: dict[str, int]) -> torch.Tensor:
+    """Turn N lists of names into a float32 tensor [N, 24] of zeros and ones."""
+    labels = torch.zeros(len(conditions), len(objects))
+    for i, condition in enumerate(conditions):
+        labels[i, [objects[name] for name in condition]] = 1
+    return labels
+
+
+def hard_negatives(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
+    """The hard negatives [K, 24] of a condition: its label, but with two objects of one colour in one shape.
+
+    For a red cube and a red sphere these are two red cubes, with a 2 in their place, and two red spheres. n
+    objects of a colour make n (n - 1). None was ever seen in training, where all objects of a scene differ.
+    """
+    pairs = [(a, b) for a, b in itertools.permutations(condition, 2) if colour_of(a) == colour_of(b)]
+    negatives = multi_hot([condition], objects).repeat(len(pairs), 1)
+    for negative, (lost, doubled) in zip(negatives, pairs, strict=True):
+        negative[objects[lost]] = 0
+        negative[objects[doubled]] = 2
+    return negatives
+
+
+def labels_with_one_mistake(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
+    """The labels [3 K, 24] of a condition of K objects with one mistake: an object in one of the two other
+    shapes, or one that is there twice. The hard negatives are among them."""
+    labels = multi_hot([condition], objects).repeat(3 * len(condition), 1)
+    pairs = [(a, b) for a in condition for b in objects if colour_of(a) == colour_of(b)]
+    for label, (name, shown_instead) in zip(labels, pairs, strict=True):
+        if shown_instead != name:
+            label[objects[name]] -= 1
+        label[objects[shown_instead]] += 1
+    return labels
+
+
+# ------------------------------ diffusion.py
+
+
+PICTURE = (3, 64, 64)  # shape of a picture
+
+# `from_config` does not carry `clip_sample` to the others: thresholding at 1 clamps x_0 just so.
+_CLAMP = {"thresholding": True, "sample_max_value": 1.0}
+# Steps from noisier timesteps than that, where alpha_bar is nearly 0, are left out as in diffusers.
+_DPM = _CLAMP | {"lambda_min_clipped": -5.1}
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {  # of options.SAMPLERS
+    "ddpm": (DDPMScheduler, {}),  # arXiv 2006.11239
+    # arXiv 2010.02502 with eta 0, which is DPM-Solver++ of order 1 (arXiv 2211.01095). DDIMScheduler itself
+    # goes to `t - 1000 // steps`, which is the next timestep only where `steps` divides 1000.
+    "ddim": (DPMSolverMultistepScheduler, _CLAMP | {"solver_order": 1}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, _DPM),  # arXiv 2211.01095
+    "sde-dpmsolver++": (DPMSolverMultistepScheduler, _DPM | {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": (UniPCMultistepScheduler, _CLAMP),  # arXiv 2302.04867
+}
+STOCHASTIC = ("ddpm", "sde-dpmsolver++")  # these draw noise on their way; from their mistakes they recover
+# images [B, 3, 64, 64], timesteps [B], labels [B, 24] -> prediction [B, 3, 64, 64]
+Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Interval = tuple[float, float]  # of timesteps, from clear to noise
+Callback = Callable[[torch.Tensor], torch.Tensor]  # images [B, 3, 64, 64] on their way
+
+
+def keep(images: torch.Tensor) -> torch.Tensor:
+    """The callback that changes nothing."""
+    return images
+
+
+# --------------------------------------------------------------------------------------- noise onto pictures
+
+
+def target_of(
+    noise_scheduler: DDPMScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the network is to predict [B, 3, 64, 64] for `clean` pictures with `noise` at `timesteps` [B]: the
+    noise (arXiv 2006.11239, equation 14), the velocity (arXiv 2202.00512, appendix D) or the clean pictures."""
+    # sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) clean: also at the noisiest timesteps a task worth learning
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return noise_scheduler.get_velocity(clean, noise, timesteps)
+    if noise_scheduler.config.prediction_type == "sample":
+        return clean
+    return noise
+
+
+# ------------------------------------------------------------------------------------------- steps and seeds
+
+
+def picture_seed(seed: int, index: int, candidate: int = 0) -> int:
+    """The seed of picture `index` of a run with `seed`, and of its other candidates."""
+    return int(np.random.SeedSequence([seed, index, candidate]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def timestep_grid(steps: int, start: int = 1000) -> list[int]:
+    """The timesteps of so many steps, 1 to 1000: all different, descending, in 0 to 999.
+
+    Trailing (arXiv 2305.08891): the first is `start` - 1, and they lie 1000 / steps apart, rounded as in
+    diffusers. If so many do not fit below a lower `start`, they lie closer together. If they do not fit
+    even then, the first is `steps` - 1.
+    """
+    grid = np.arange(start, 0, -1000 / steps).round()[:steps]  # by rounding, arange may give one too many
+    # Rounded to the same timestep, or below the last: fewer than asked for would be left.
+    if len(grid) < steps or grid[-1] < 1:
+        start = max(start, steps)
+        grid = np.arange(start, 0, -start / steps).round()[:steps]
+    return [int(t) - 1 for t in grid]
+
+
+def set_steps(scheduler, steps: int):
+    """Set a scheduler, one of `SCHEDULERS`, to so many steps, 1 to 1000, at the timesteps of `timestep_grid`.
+
+    Each step then goes to the next timestep of the grid, and the last one to the clear picture. The grid is
+    trailing, whatever `timestep_spacing` the scheduler was made with.
+    """
+    start = 1000
+    if "lambda_min_clipped" in scheduler.config:  # diffusers leaves out noisier ones, but not of a given list
+        start = int((scheduler.lambda_t >= scheduler.config.lambda_min_clipped).sum())
+    timesteps = timestep_grid(steps, start)  # kept on the CPU: a step then waits for nothing on a GPU
+    if isinstance(scheduler, UniPCMultistepScheduler):  # takes no list: it is given what others make of one
+        scheduler.set_timesteps(steps)
+        # sigma is the noise by the signal; UniPC interpolates between these.
+        alpha_bar = scheduler.alphas_cumprod[timesteps]
+        sigmas = ((1 - alpha_bar) / alpha_bar) ** 0.5
+        scheduler.timesteps = torch.tensor(timesteps)
+        scheduler.sigmas = torch.cat([sigmas, torch.zeros(1)])  # the last is that of the clear picture
+    else:
+        scheduler.set_timesteps(timesteps=timesteps)
+
+
+def make_scheduler(noise_scheduler: DDPMScheduler, sampler: str, steps: int):
+    """A scheduler of `SCHEDULERS` with the noise of `noise_scheduler`, set to so many steps, 1 to 1000."""
+    scheduler_class, options = SCHEDULERS[sampler]
+    scheduler = scheduler_class.from_config(noise_scheduler.config, **options)
+    set_steps(scheduler, steps)
+    return scheduler
+
+
+def initial_noise(seeds: list[int], device: torch.device) -> torch.Tensor:
+    """Noise [B, 3, 64, 64], a seed for each picture: drawn on the CPU, so it is the same on any device."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return randn_tensor((len(seeds), *PICTURE), generator=generators).to(device)
+
+
+# -------------------------------------------------------------------------------------------------- guidance
+
+
+def is_within(interval: Interval, timestep: torch.Tensor) -> bool:
+    """Whether a timestep [] lies in an interval, bounds included."""
+    return bool(interval[0] <= timestep <= interval[1])
+
+
+def predict(
+    model: Network, images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor, size: int
+) -> torch.Tensor:
+    """What the network predicts [B, 3, 64, 64], `size` at a time: B may be many times what a device likes."""
+    predictions = torch.empty_like(images)
+    for start in range(0, len(images), size):  # copied at once: a CUDA graph writes to the same place again
+        part = slice(start, start + size)
+        predictions[part] = model(images[part], timesteps[part], labels[part])
+    return predictions
+
+
+class Negatives:
+    """The hard negatives of a batch of B pictures, K in all: for each picture those [k, 24] of `label_lists`,
+    k >= 0, of what it might become by mistake."""
+
+    def __init__(self, label_lists: Sequence[torch.Tensor], device: torch.device):
+        # Pictures have different numbers of hard negatives, so all of them stand in one list with their owners.
+        pairs = [(i, label) for i, own in enumerate(label_lists) for label in own]
+        if device.type == "cuda":
+            # A compiled network wants few sizes of batches: the first pair fills up to a multiple of B.
+            pairs += pairs[:1] * (-len(pairs) % len(label_lists))
+        labels = [label for _, label in pairs]
+        owners = [i for i, _ in pairs]
+        self.labels = torch.stack(labels).to(device) if labels else torch.zeros(0, 0, device=device)
+        self.owners = torch.tensor(owners, dtype=torch.long, device=device)  # [K], the picture of each
+        self.is_own = self.owners == torch.arange(len(label_lists), device=device)[:, None]  # [B, K]
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def away(self, conditional: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        """The direction [B, 3, 64, 64] away from the hard negative whose prediction, of `negative`
+        [K, 3, 64, 64], lies nearest to the `conditional` one [B, 3, 64, 64]: the mistake that the picture is
+        about to make. Zeros for a picture without any."""
+        # All K are compared with the prediction of their own picture, then each picture takes its nearest.
+        distances = (negative - conditional[self.owners]).square().mean((1, 2, 3))  # [K]
+        nearest = torch.where(self.is_own, distances, torch.inf).argmin(1)  # [B]
+        # A picture without hard negatives took some other picture's above: that counts nothing.
+        has_any = self.is_own.any(1)[:, None, None, None]
+        return (conditional - negative[nearest]) * has_any
+
+
+def predict_together(
+    model: Network,
+    images: torch.Tensor,
+    timestep: torch.Tensor,
+    labels: torch.Tensor,
+    with_unconditional: bool,
+    negatives: Negatives | None,
+) -> list[torch.Tensor]:
+    """The predictions for images [B, 3, 64, 64] at a timestep [] given their labels [B, 24], then if asked
+    for those given no label, then those given the hard negatives [K, 3, 64, 64]: in one pass."""
+    everyone = torch.arange(len(images), device=images.device)
+    rows = [everyone]  # of the image that each prediction is for
+    parts = [labels]
+    if with_unconditional:
+        rows.append(everyone)
+        parts.append(torch.zeros_like(labels))  # as label dropout has shown them in training
+    if negatives:
+        rows.append(negatives.owners)
+        parts.append(negatives.labels)
+    all_rows = torch.cat(rows)
+    timesteps = torch.full_like(all_rows, timestep.item())
+    # At most twice the batch at a time: guidance alone then takes one pass, and so it is compiled.
+    predictions = predict(model, images[all_rows], timesteps, torch.cat(parts), 2 * len(images))
+    return list(predictions.split([len(part) for part in parts]))
+
+
+@torch.enable_grad()
+def evaluator_gradient(
+    evaluator: torch.nn.Module,
+    noise_scheduler: DDPMScheduler,
+    images: torch.Tensor,
+    prediction: torch.Tensor,
+    timestep: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """What classifier guidance (arXiv 2105.05233, algorithm 2) subtracts from `prediction` [B, 3, 64, 64].
+
+    As the evaluator knows no noise, it judges the estimate of the clean picture (arXiv 2302.07121), whose
+    derivative by the noisy one is taken to be sqrt(alpha_bar), so that the network need not be gone back
+    through: epsilon - s sqrt(1 - alpha_bar) sqrt(alpha_bar) gradient, v - s sqrt(1 - alpha_bar) gradient, or
+    x_0 + s (1 - alpha_bar) gradient.
+    """
+    alpha_bar = noise_scheduler.alphas_cumprod[timestep]
+    signal = alpha_bar.sqrt().item()
+    noise = (1 - alpha_bar).sqrt().item()
+    # The clean picture that a noisy one with this prediction stands for, and what its gradient is times.
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        clean = signal * images - noise * prediction
+        factor = noise
+    elif noise_scheduler.config.prediction_type == "sample":
+        clean = prediction
+        factor = -(noise**2)
+    else:
+        clean = (images - noise * prediction) / signal
+        factor = noise * signal
+    clean = clean.clamp(-1, 1).detach().requires_grad_()
+    log_likelihood = -F.binary_cross_entropy(evaluator(clean), labels, reduction="sum")
+    return factor * torch.autograd.grad(log_likelihood, clean)[0]
+
+
+# -------------------------------------------------------------------------------------------------- sampling
+
+
+def check_finite(sums: list[torch.Tensor], images: torch.Tensor, timesteps: list[int]):
+    """Raise FloatingPointError unless the sums [] of the predictions, one a timestep, and images are finite.
+
+    A sum is not finite if a number in it is not. The device is waited for once.
+    """
+    finite = torch.stack([*sums, images.sum()]).isfinite().cpu().tolist()
+    for step, timestep in enumerate(timesteps):
+        if not finite[step]:
+            where = f"step {step + 1} of {len(timesteps)} (timestep {timestep})"
+            raise FloatingPointError(f"prediction not finite in {where}")
+    if not finite[-1]:
+        raise FloatingPointError(f"picture not finite after {len(timesteps)} steps")
+
+
+@torch.no_grad()
+def generate(
+    model: Network,
+    noise_scheduler: DDPMScheduler,
+    labels: torch.Tensor,
+    seeds: list[int],
+    sampler: str,
+    steps: int,
+    guidance_scale: float,
+    guidance_interval: Interval = (0, 1000),
+    negative_labels: Sequence[torch.Tensor] = (),
+    negative_scale: float = 0.0,
+    negative_interval: Interval = (0, 1000),
+    evaluator: torch.nn.Module | None = None,
+    evaluator_scale: float = 0.0,
+    callback: Callback = keep,
+) -> torch.Tensor:
+    """Samples [B, 3, 64, 64] in [-1, 1] for multi-hot labels [B, 24], on the device of `labels`.
+
+    Each picture draws its noise from its own seed, so it does not depend on its neighbours in the batch.
+    `guidance_scale` w: unconditional + w (conditional - unconditional) prediction (arXiv 2207.12598), at
+    timesteps within `guidance_interval`, bounds included (arXiv 2404.07724); outside of it and for w 1 the
+    unconditional one is not computed. `negative_labels`: for each picture its hard negatives [K, 24], K >= 0.
+    Within `negative_interval`, `negative_scale` (conditional - nearest negative) is added. `evaluator`, for
+    `evaluator_scale` above 0: images -> probabilities [B, 24]; see `evaluator_gradient`. `callback` is given
+    the images before each step, and the clear ones at the end; those that it returns go on.
+
+    Raises FloatingPointError if a prediction or a picture is not finite: clamped, it would be a picture.
+    """
+    scheduler = make_scheduler(noise_scheduler, sampler, steps)
+    images = initial_noise(seeds, labels.device)
+    step_options = {}
+    if sampler in STOCHASTIC:  # noise of its own for each picture here too
+        step_options["generator"] = [torch.Generator(labels.device).manual_seed(seed + 1) for seed in seeds]
+    negatives = Negatives(negative_labels, labels.device)
+    sums = []  # of each prediction: looked at once at the end, since to look is to wait for the device
+    for t in scheduler.timesteps:
+        images = callback(images)
+        is_guided = guidance_scale != 1 and is_within(guidance_interval, t)
+        is_negated = negative_scale > 0 and len(negatives) > 0 and is_within(negative_interval, t)
+        inputs = scheduler.scale_model_input(images, t)
+        predictions = predict_together(model, inputs, t, labels, is_guided, negatives if is_negated else None)
+        conditional = predictions[0]
+        prediction = conditional
+        # Classifier-free guidance: further in the direction in which the label changes the prediction.
+        if is_guided:
+            unconditional = predictions[1]
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
+        # Negative prompting: away from the mistake that the picture is about to make.
+        if is_negated:
+            prediction = prediction + negative_scale * negatives.away(conditional, predictions[-1])
+        if evaluator is not None and evaluator_scale > 0:
+            gradient = evaluator_gradient(evaluator, noise_scheduler, images, prediction, t, labels)
+            prediction = prediction - evaluator_scale * gradient
+        # diffusers clamps the clean picture it computes, which would hide a NaN: so the sum is kept.
+        sums.append(prediction.sum())
+        images = scheduler.step(prediction, t, images, **step_options).prev_sample
+    check_finite(sums, images, scheduler.timesteps.tolist())
+    return callback(images.clamp(-1, 1))
+
+
+# --------------------------------------------------------------------------------------- best-of-N reranking
+
+RATIO_TIMESTEPS = (400, 600)  # at which the denoising error is measured
+RATIO_DRAWS = 2  # of noise at each of them
+
+
+@torch.no_grad()
+def likelihood_ratio(
+    model: Network,
+    noise_scheduler: DDPMScheduler,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    other_labels: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """How much better images [B, 3, 64, 64] in [-1, 1] fit their labels [B, 24] than any other label: [B].
+
+    The denoising error given a label bounds the negative log likelihood of a picture given that label. The
+    result is the least error among the other labels of a picture, [K, 24] with K > 0, minus the error of its
+    own label: a log likelihood ratio but for a factor. Above 0 the picture shows what it should. With zeros
+    for other label it is the lift of CompLift (arXiv 2505.13740). All pictures get the same noise, so that
+    candidates may be compared.
+    """
+    device = images.device
+    generator = torch.Generator().manual_seed(0)
+    everyone = torch.arange(len(images), device=device)
+    counts = torch.tensor([len(others) for others in other_labels], device=device)
+    rows = torch.cat([everyone, everyone.repeat_interleave(counts)])  # [B + all K]
+    tried = torch.cat([labels, *(others.to(device) for others in other_labels)])  # [B + all K, 24]
+    # The mean squared error of the prediction, as in training, is the bound's only part that depends on the label.
+    errors = torch.zeros(len(rows), device=device)
+    for t in RATIO_TIMESTEPS:
+        for _ in range(RATIO_DRAWS):
+            # One noise for all: the difference of two errors has then far less variance than each of them.
+            noise = torch.randn(1, *images.shape[1:], generator=generator).to(device).expand_as(images)
+            timesteps = torch.full_like(everyone, t)
+            noisy = noise_scheduler.add_noise(images, noise, timesteps)
+            target = target_of(noise_scheduler, images, noise, timesteps)
+            prediction = predict(model, noisy[rows], timesteps[rows], tried, 2 * len(images))
+            errors += (prediction - target[rows]).square().mean((1, 2, 3))
+    own = errors[: len(images)]
+    others = errors[len(images) :]
+    # The hardest of the other labels to tell from the own one.
+    least = torch.full_like(own, torch.inf).scatter_reduce(0, rows[len(images) :], others, "amin")
+    return (least - own) / (len(RATIO_TIMESTEPS) * RATIO_DRAWS)
+
+
+# ------------------------------ pipeline.py
+
+
+@dataclass
+class Painter:
+    """Paints batches of conditions, each picture the best of `best_of` candidates by its likelihood ratio.
+
+    `network` may be compiled for one size of batches; `plain_network` is the same, not compiled. `objects`: name ->
+    index. `options`: of `generate`. `lift_over`: what a label is compared with, "mistakes" for labels with one mistake
+    in them, or "unconditional" for no label at all.
+    """
+
+    network: Network
+    plain_network: Network
+    noise_scheduler: DDPMScheduler
+    objects: dict[str, int]
+    options: dict[str, Any]
+    device: torch.device
+    evaluator: torch.nn.Module | None = None
+    best_of: int = 1
+    lift_over: str = "mistakes"
+
+    def paint(
+        self, conditions: list[list[str]], places: list[tuple[int, int]], callback: Callback = keep
+    ) -> torch.Tensor:
+        """Pictures [B, 3, 64, 64] in [-1, 1] of B conditions. `places`: (seed of the run, index in the list),
+        on which a picture's noise depends. `callback` as in `generate`."""
+        labels = multi_hot(conditions, self.objects).to(self.device)
+        options = dict(self.options)
+        options["negative_labels"] = [hard_negatives(condition, self.objects) for condition in conditions]
+        options["evaluator"] = self.evaluator
+        options["callback"] = callback
+        # A candidate is the same picture with other noise.
+        candidates = []
+        for k in range(self.best_of):
+            seeds = [picture_seed(seed, index, k) for seed, index in places]
+            candidates.append(generate(self.network, self.noise_scheduler, labels, seeds, **options))
+        if self.best_of == 1:
+            return candidates[0]
+        if self.lift_over == "mistakes":
+            others = [labels_with_one_mistake(condition, self.objects) for condition in conditions]
+        else:
+            others = [torch.zeros(1, labels.shape[1])] * len(conditions)
+        # Not by the compiled network, which wants all batches of one size.
+        ratios = [
+            likelihood_ratio(self.plain_network, self.noise_scheduler, images, labels, others) for images in candidates
+        ]
+        best = torch.stack(ratios).argmax(0)  # [B]
+        return torch.stack(candidates)[best, torch.arange(len(best))]
+
+
+SCHEDULER_NAMES = {  # of diffusers' classes, for `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`
+    DDIMScheduler: "ddim", DPMSolverMultistepScheduler: "dpmsolver++", UniPCMultistepScheduler: "unipc"
+}  # fmt: skip
+
+
+class ConditionalDDPMPipeline(DiffusionPipeline):
+    """Paints i-CLEVR scenes that show the objects asked for.
+
+    `unet`: a ConditionalUNet. `scheduler`: the noise scheduler that it was trained with. `objects`: name -> index in
+    the label. `sampling`: the default options of a call.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet, scheduler, objects: dict[str, int] | None = None, sampling: dict | None = None):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(objects=objects, sampling=sampling)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | list[list[str]],
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: Interval | None = None,
+        negative_scale: float | None = None,
+        negative_interval: Interval | None = None,
+        sampler: str | None = None,
+        best_of: int = 1,
+        lift_over: str = "mistakes",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["ConditionalDDPMPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Pictures of the objects in `prompt`: one name, the names of one scene such as ["red sphere", "cyan cube"], or
+        a list of scenes.
+
+        What is not given is as the weights were made for (`pipe.config.sampling`). `guidance_scale`: of classifier-free
+        guidance (arXiv 2207.12598), 1 for none, at timesteps within `guidance_interval`, of 0 (clear) to 1000 (noise).
+        `negative_scale`: of negative prompting, which pushes away from two objects of one colour in one shape; 0 for
+        none. `sampler`: one of ddpm, ddim, dpmsolver++, sde-dpmsolver++ and unipc. `best_of`: candidates for each
+        picture, of which the one is kept that fits its label best by the network's own denoising error.
+
+        `generator`: its seed decides, not its state. Picture i of a call with one generator of seed s is picture i of
+        `sample.py --seed s`; of a list, a generator for each picture, it is picture 0 of each seed. None: other ones
+        in each call. `output_type`: "pil", "np" [B, 64, 64, 3] in [0, 1], "pt" [B, 3, 64, 64] in [0, 1], or "latent",
+        the same in [-1, 1]. `callback_on_step_end(pipe, step, timestep, {"latents": images})` returns the images to
+        go on with in such a dict. It is given the pictures [B, 3, 64, 64] themselves: there is no other latent.
+
+        Raises ValueError for unknown names and values, FloatingPointError for a picture that is not finite.
+        """
+        conditions = [one for one in self.conditions_of(prompt) for _ in range(num_images_per_prompt)]
+        options = self.options_of(
+            sampler=sampler,
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            negative_scale=negative_scale,
+            negative_interval=negative_interval,
+        )
+        if callback_on_step_end_tensor_inputs and set(callback_on_step_end_tensor_inputs) != {"latents"}:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: expected latents, got {callback_on_step_end_tensor_inputs}"
+            )
+        painter = Painter(
+            self._network, self._network, self.scheduler, self.config.objects, options, self._execution_device,
+            best_of=best_of, lift_over=lift_over,
+        )  # fmt: skip
+        timesteps = make_scheduler(self.scheduler, options["sampler"], options["steps"]).timesteps.tolist()
+        with self.progress_bar(total=len(timesteps) * best_of) as bar:
+            after_step = self._after_step(timesteps, bar, callback_on_step_end)
+            images = painter.paint(conditions, self.places_of(generator, len(conditions)), after_step)
+        self.maybe_free_model_hooks()
+        pictures = VaeImageProcessor().postprocess(images, output_type)
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def conditions_of(self, prompt: str | list[str] | list[list[str]]) -> list[list[str]]:
+        """The scenes [B] that `prompt` asks for, each a list of names. Raises ValueError."""
+        scenes: Any = [prompt] if isinstance(prompt, str) else prompt
+        if all(isinstance(one, str) for one in scenes):
+            scenes = [scenes]
+        for scene in scenes:
+            if not isinstance(scene, list | tuple) or not scene or len(set(scene)) < len(scene):
+                raise ValueError(f"expected a list of different objects, at least one, got {scene!r}")
+            for name in scene:
+                if name not in self.config.objects:
+                    nearest = difflib.get_close_matches(str(name), self.config.objects, n=1) or self.config.objects
+                    raise ValueError(f"unknown object {name!r}; there is {', '.join(nearest)}")
+        return [list(scene) for scene in scenes]
+
+    def options_of(self, **given: Any) -> dict[str, Any]:
+        """The options of `generate`: those given that are not None, else what the weights were made for."""
+        options = dict(self.config.sampling)
+        if type(self.scheduler) is not DDPMScheduler:  # the user has set another one
+            if type(self.scheduler) not in SCHEDULER_NAMES:
+                raise ValueError(f"{type(self.scheduler).__name__} is not supported; choose one by sampler=")
+            options["sampler"] = SCHEDULER_NAMES[type(self.scheduler)]
+        options.update({name: value for name, value in given.items() if value is not None})
+        if options["sampler"] not in SCHEDULERS:
+            raise ValueError(f"sampler {options['sampler']!r}: expected one of {', '.join(SCHEDULERS)}")
+        if not 1 <= options["steps"] <= 1000:
+            raise ValueError(f"num_inference_steps: expected 1 to 1000, got {options['steps']}")
+        return options
+
+    def places_of(self, generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[tuple[int, int]]:
+        """Seed and index of so many pictures, on which their noise depends. Raises ValueError."""
+        if isinstance(generator, list):
+            if len(generator) != count:
+                raise ValueError(f"expected {count} generators, one for each picture, got {len(generator)}")
+            return [(one.initial_seed(), 0) for one in generator]
+        seed = generator.initial_seed() if generator else int(torch.randint(2**62, ()))
+        return [(seed, i) for i in range(count)]
+
+    def _after_step(self, timesteps: list[int], bar: Any, callback_on_step_end: Callable | None) -> Callback:
+        """A callback for `generate`: moves the progress bar, and calls the user's."""
+        done = 0  # steps of a candidate
+
+        def after_step(images: torch.Tensor) -> torch.Tensor:
+            nonlocal done
+            if done > 0:
+                bar.update()
+                if callback_on_step_end:
+                    answer = callback_on_step_end(self, done - 1, timesteps[done - 1], {"latents": images})
+                    images = (answer or {}).get("latents", images)
+            done = (done + 1) % (len(timesteps) + 1)
+            return images
+
+        return after_step
+
+    def _network(self, images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The prediction, computed in the precision of the weights (`torch_dtype`); all else is in fp32."""
+        return self.unet(images.to(self.unet.dtype), timesteps, labels.to(self.unet.dtype)).float()
