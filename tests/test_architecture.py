@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 FOLDERS = ("bookkeeping", "data", "infra", "report")
-EVERYWHERE = ("options.py", "labels.py")  # which nearly all files import: not drawn, as infra/ is not
+EVERYWHERE = ("options.py", "labels.py", "label_files.py")  # which nearly all files import: not drawn, as infra/ is not
 
 
 def files() -> dict[str, Path]:

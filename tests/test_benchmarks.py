@@ -1,14 +1,19 @@
 """The scripts in benchmarks/ that make the figures: each starts, and gpu.sh runs to its end at a small size."""
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import children
 from conftest import ROOT
+from model import build
+from studies import composition
 
 pytestmark = pytest.mark.slow
 BENCHMARKS = ROOT / "benchmarks"
@@ -49,6 +54,32 @@ def test_a_study_prints_the_table_in_the_docs_and_samples_nothing_that_its_file_
     assert (tmp_path / f"{study}.json").read_text() == stored
     assert (tmp_path / f"{study}.png").stat().st_size > 5000
     assert table in (ROOT / "docs" / "speed.md").read_text() + (ROOT / "weights" / "README.md").read_text()
+
+
+def test_composition_adds_up_what_each_object_changes():
+    network, _ = build("small")
+    network.eval()
+    images = torch.randn(3, 3, 64, 64)
+    timesteps = torch.full((3,), 500)
+    none = torch.zeros(3, 24)
+    one = torch.eye(24)[:3]
+    other = torch.eye(24)[3:6]
+    add_up = composition.composed(network)
+    with torch.no_grad():
+        unconditional, of_one, of_other = (network(images, timesteps, labels) for labels in (none, one, other))
+        close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-4)
+        close(add_up(images, timesteps, none), unconditional)
+        close(add_up(images, timesteps, one), of_one)
+        close(add_up(images, timesteps, one + other), of_one + of_other - unconditional)
+
+
+def test_composition_prints_the_table_in_the_docs_and_samples_only_what_is_missing(seedling, tmp_path):
+    script = ["benchmarks/studies/composition.py", "--out", tmp_path / "found.json"]
+    shutil.copy(ROOT / "docs" / "composition.json", tmp_path / "found.json")
+    assert run_script(*script, python=children.warm_python()) in (ROOT / "weights" / "README.md").read_text()
+    options = ["--weights", seedling, "--seeds", 1, "--num-images", 2]  # other weights: all of it is missing
+    assert "| composed | new_test |" in run_script(*script, *options, python=children.warm_python())
+    assert len(json.loads((tmp_path / "found.json").read_text())["results"]) == 6
 
 
 # ---------------------------------------------------------------------------------------------------- gpu.sh
