@@ -67,21 +67,31 @@ def test_the_slurm_job_is_saved_requeued_and_goes_on(argv, tmp_path):
     assert (tmp_path / "scontrol").read_text().count("requeue") == requeued
 
 
-def test_two_nodes_of_torchrun_train_together(argv, tmp_path):
-    """By the command of examples/README.md, with one process on each of two nodes."""
+def start_nodes(options: list[str]) -> list[subprocess.Popen]:
+    """The command of examples/README.md on each of two nodes, with one process each."""
     text = (ROOT / "examples" / "README.md").read_text()
     [command] = [line for line in text.splitlines() if line.startswith("torchrun")]
     changes = {"--nproc-per-node 4": "--nproc-per-node 1", "node0:29500": f"localhost:{free_port()}"}
     for before, after in changes.items():
         assert before in command
         command = command.replace(before, after)
-    options = argv(tmp_path / "run", "--max-steps", 6)
     line = [sys.executable, "-m", "torch.distributed.run", *command.split()[1:-1], ROOT / "train.py", *options]
-    nodes = []
-    for _ in range(2):
-        node = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=PIPE, stderr=STDOUT, text=True)
-        nodes.append(node)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return [subprocess.Popen(line, env=environment, stdout=PIPE, stderr=STDOUT, text=True) for _ in range(2)]
+
+
+def test_two_nodes_of_torchrun_train_together_stop_together_and_go_on(argv, tmp_path):
+    run = tmp_path / "run"
+    common = ["--save-every", 100_000, "--lr-schedule", "constant"]
+    nodes = start_nodes(argv(run, "--max-steps", 2000, *common))
+    wait_for_text(run / "log.jsonl", seconds=240)
+    nodes[0].send_signal(signal.SIGTERM)
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    done = steps_done(run)
+    assert 0 < done < 2000, outputs
+    assert sum("setup: cpu, 2 processes" in output for output in outputs) == 1
+
+    nodes = start_nodes(argv(run, "--max-steps", done + 5, *common))
     outputs = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert sum("setup: cpu, 2 processes" in output for output in outputs) == 1
-    assert steps_done(tmp_path / "run") == 6
+    assert steps_done(run) == done + 5
