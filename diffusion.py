@@ -61,7 +61,7 @@ def target_of(
 
 def picture_seed(seed: int, index: int, candidate: int = 0) -> int:
     """The seed of picture `index` of a run with `seed`, and of its other candidates."""
-    return int(np.random.SeedSequence([seed, index, candidate]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, index, candidate]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def timestep_grid(steps: int, start: int = 1000) -> list[int]:

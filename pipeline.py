@@ -100,7 +100,8 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet, scheduler, objects: dict[str, int] | None = None, sampling: dict | None = None):
+    # Without types: diffusers 0.35 reads them, and does not know `dict | None`.
+    def __init__(self, unet, scheduler, objects=None, sampling=None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(objects=objects, sampling=sampling)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import sample
 from conftest import ROOT
 
 # torch and torchvision take gigabytes, so they stay as they are here.
@@ -78,8 +79,11 @@ pipe("red cube", num_inference_steps=2, generator=torch.Generator().manual_seed(
     for command in commands:
         done = run(tmp_path, *command, **environment)
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "six.json").exists()
     assert (tmp_path / "red_cube.png").exists()
+
+    old = [path.read_bytes() for path in sorted((tmp_path / "out" / "six").glob("*.png"))]
+    sample.main([*six, "--weights", str(tmp_path / "exported"), "--overwrite"])
+    assert [path.read_bytes() for path in sorted((tmp_path / "out" / "six").glob("*.png"))] == old != []
 
 
 def test_the_workflow_runs_ci_on_all_pythons_admitted():

@@ -119,7 +119,7 @@ def target_of(
 
 def picture_seed(seed: int, index: int, candidate: int = 0) -> int:
     """The seed of picture `index` of a run with `seed`, and of its other candidates."""
-    return int(np.random.SeedSequence([seed, index, candidate]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, index, candidate]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def timestep_grid(steps: int, start: int = 1000) -> list[int]:
@@ -472,7 +472,8 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet, scheduler, objects: dict[str, int] | None = None, sampling: dict | None = None):
+    # Without types: diffusers 0.35 reads them, and does not know `dict | None`.
+    def __init__(self, unet, scheduler, objects=None, sampling=None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(objects=objects, sampling=sampling)
