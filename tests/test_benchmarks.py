@@ -13,6 +13,8 @@ import torch
 import children
 from conftest import ROOT
 from model import build
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
 from studies import composition
 
 pytestmark = pytest.mark.slow
