@@ -28,6 +28,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -183,7 +184,7 @@ def page(studio: Studio) -> gr.Blocks:
             guidance = gr.Slider(0, 10, options["guidance_scale"], label="Guidance scale (1: none)")
             negative = gr.Slider(0, 10, options.get("negative_scale", 0), label="Negative scale (0: none)")
             best_of = gr.Slider(1, 8, 1, step=1, label="Best of N")
-        shown = {"interactive": False, "height": SIDE + 20, "buttons": ["download"]}
+        shown: dict[str, Any] = {"interactive": False, "height": SIDE + 20, "buttons": ["download"]}
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(label="Picture", elem_id="picture", **shown)

@@ -147,4 +147,4 @@ class Watch:
             self._log.write(json.dumps(entry) + "\n")
             shown = {name: entry[name] for name in ("loss", "accuracy") if name in entry}
             self._shown.update({name: f"{value:.4f}" for name, value in shown.items()})
-            self.bar.set_postfix(self._shown)
+            self.bar.set_postfix(**self._shown)

@@ -85,7 +85,8 @@ def test_two_nodes_of_torchrun_train_together_stop_together_and_go_on(argv, tmp_
     common = ["--save-every", 100_000, "--lr-schedule", "constant"]
     nodes = start_nodes(argv(run, "--max-steps", 2000, *common))
     wait_for_text(run / "log.jsonl", seconds=240)
-    nodes[0].send_signal(signal.SIGTERM)
+    for node in nodes:
+        node.send_signal(signal.SIGTERM)
     outputs = [node.communicate(timeout=120)[0] for node in nodes]
     done = steps_done(run)
     assert 0 < done < 2000, outputs

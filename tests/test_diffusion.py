@@ -54,6 +54,16 @@ def test_timesteps_below_any_start_are_as_many_as_steps(start):
         assert is_grid(timesteps, steps) and timesteps[0] == max(start, steps) - 1, steps
 
 
+def kept_in(frames: list) -> diffusion.Callback:
+    """A callback that keeps the images of each step."""
+
+    def callback(images: torch.Tensor) -> torch.Tensor:
+        frames.append(images)
+        return images
+
+    return callback
+
+
 class KnowingNetwork:
     """A network that knows the picture [3, 8, 8], and so predicts what there is: noise, velocity or the picture.
     It keeps the timesteps that it was asked for."""
@@ -92,7 +102,7 @@ def test_each_step_goes_to_the_next_timestep_and_the_last_one_to_the_clear_pictu
     with unless the sampler draws more. In float32 a picture is known to 0.007 alone by the noise of timestep
     999, where alpha_bar is 2e-9.
     """
-    monkeypatch.setattr(diffusion, "IMAGE_SIZE", 8)  # which takes a tenth of the time
+    monkeypatch.setattr(diffusion, "PICTURE", (3, 8, 8))  # which takes a tenth of the time
     noise_scheduler = build("small")[1]
     noise_scheduler.register_to_config(prediction_type=prediction_type)
     picture = torch.linspace(-0.9, 0.9, 3 * 8 * 8).double().view(3, 8, 8)
@@ -101,7 +111,7 @@ def test_each_step_goes_to_the_next_timestep_and_the_last_one_to_the_clear_pictu
     for steps in (1, 2, 3, 7, 15, 61, 333, 501, 1000):
         network = KnowingNetwork(noise_scheduler, picture)
         frames = []
-        diffusion.generate(network, noise_scheduler, LABELS[:1], [5], sampler, steps, 1.0, callback=frames.append)
+        diffusion.generate(network, noise_scheduler, LABELS[:1], [5], sampler, steps, 1.0, callback=kept_in(frames))
         assert is_grid(network.asked, steps)
         *before, last = torch.cat(frames).double()
         noises = network.noise_in(torch.stack(before), network.asked)  # [steps, 3, 8, 8]
@@ -311,7 +321,7 @@ def test_a_single_number_that_is_not_finite_is_told(sampler, value):
 
     arguments = (network, build("small")[1], LABELS, [5, 6], sampler, 15, 1.0)
     with pytest.raises(FloatingPointError) as caught:
-        diffusion.generate(*arguments, callback=frames.append)
+        diffusion.generate(*arguments, callback=kept_in(frames))
     assert str(caught.value) == f"prediction not finite in step 3 of 15 (timestep {asked[2]})"
     assert len(frames) == len(asked) == 15
 
