@@ -159,11 +159,11 @@ def check_ground(table: Table, args: argparse.Namespace):
     pictures = np.stack([make_picture(renderer, [], draw_lamps(rng)) for _ in range(args.draws)])
     for (row, column), (means, spreads) in GROUND.items():
         where = f"ground at {row},{column}"
-        mean = pictures[:, row, column, 1].mean()
+        mean = float(pictures[:, row, column, 1].mean())
         close = means[0] - GROUND_LIMIT <= mean <= means[1] + GROUND_LIMIT
         expected = f"{means[0]}-{means[1]}, within {GROUND_LIMIT}"
         table.add(f"{where}: mean of {args.draws} draws", f"{mean:.1f}", expected, close)
-        spread = pictures[:, row, column, 1].std(ddof=1)
+        spread = float(pictures[:, row, column, 1].std(ddof=1))
         close = 0.7 * spreads[0] <= spread <= 1.3 * spreads[1]
         table.add(f"{where}: spread", f"{spread:.1f}", f"{spreads[0]}-{spreads[1]}, within 30 %", close)
 
@@ -186,9 +186,10 @@ def check_grain(table: Table, args: argparse.Namespace):
         noise["their edges"].append(off[(covered >= 1e-3) & (covered <= 0.999)])
     for where, limit in GRAIN_LIMITS.items():
         values = np.concatenate(noise[where])
+        deviation = float(values.std())
         expected = f"< {limit}" if limit < np.inf else "no goal"
         of = f"{where} ({len(values)} pixels; against {REFERENCE_SAMPLES} samples)"
-        table.add(f"grain at {SAMPLES} samples, {of}", f"{values.std():.2f}", expected, values.std() < limit)
+        table.add(f"grain at {SAMPLES} samples, {of}", f"{deviation:.2f}", expected, deviation < limit)
 
 
 def check_speed(table: Table, args: argparse.Namespace):
