@@ -22,18 +22,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     read_early(parse_args)
 
+import dataclasses
 import html
 import queue
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from checkpoint import describe, load_weights, newest, newest_weights
 from data.pack import PACK
@@ -42,11 +42,12 @@ from dataset import load_data, to_uint8
 from infra.commands import ROOT
 from infra.device import choose_setup, join_processes, prepare
 from lab import load_evaluator
-from label_files import MAX_OBJECTS, load_objects
-from labels import colour_of, multi_hot, shape_of
+from label_files import MAX_OBJECTS, load_objects, names_of
+from labels import colour_of, shape_of
 from pipeline import Painter
-from report.judge import count_colours, find_objects
+from report.judge import count_colours
 from report.likeness import nearest
+from report.metrics import judge
 
 SIDE = 320  # of the picture on the page, in pixels
 VISITORS = 2  # whose pictures are painted at the same time; the others wait in a queue
@@ -67,9 +68,9 @@ class Studio:
         print(describe(weights, metadata))
         self.options = metadata["sampling"]
         self.evaluator = load_evaluator(None, state.device)
-        self.data, _ = load_data(PACK, ROOT / "train.json", load_objects())
         indices = load_objects()
-        self.objects = sorted(indices, key=lambda name: indices[name])
+        self.objects = names_of(indices)
+        self.data, _ = load_data(PACK, ROOT / "train.json", indices)
         setup = choose_setup(state, None, 0, training=False)
         print(setup)
         plain_network, network = prepare(model, setup)
@@ -85,10 +86,7 @@ class Studio:
         if seed is None or not 0 <= seed < 2**31:
             raise gr.Error("The seed is a whole number from 0 to 2147483647.", print_exception=False)
         options = self.options | {"steps": int(steps), "guidance_scale": guidance, "negative_scale": negative}
-        painter = Painter(
-            self.painter.network, self.painter.plain_network, self.painter.noise_scheduler, self.painter.objects,
-            options, self.painter.device, best_of=int(best_of),
-        )  # fmt: skip
+        painter = dataclasses.replace(self.painter, options=options, best_of=int(best_of))
         # The sampler calls back, the page wants to be fed: the sampler runs in a thread of its own.
         frames: queue.Queue = queue.Queue()
         has_left = threading.Event()
@@ -119,17 +117,14 @@ class Studio:
 
     def verdict(self, picture: torch.Tensor, asked: list[str]) -> str:
         """What both judges see in a picture, uint8 [3, 64, 64], as a table in HTML."""
-        probabilities = self.evaluator.judge(picture[None])
-        seen = [name for name, p in zip(self.objects, probabilities[0], strict=True) if p > self.evaluator.threshold]
-        is_exact = bool(self.evaluator.exact_set(probabilities, multi_hot([asked], self.painter.objects)))
-        counted = count_colours(find_objects(picture.numpy()))
-        is_counted = counted == Counter(map(colour_of, asked))
-        numbers = [f"{number} {colour}" for colour, number in counted.items()]
-        rows = [("Evaluator sees", seen, is_exact), ("Second judge counts", numbers, is_counted)]
+        judged = judge(picture[None], [asked], self.evaluator)
+        seen = [name for name, is_seen in zip(self.objects, judged.seen[0], strict=True) if is_seen]
+        numbers = [f"{number} {colour}" for colour, number in count_colours(judged.found[0]).items()]
+        rows = [("Evaluator sees", seen, judged.exact[0]), ("Second judge counts", numbers, judged.counted[0])]
         cells = [
-            f"<tr><td>{judge}</td><td>{html.escape(', '.join(found) or 'nothing')}</td>"
+            f"<tr><td>{who}</td><td>{html.escape(', '.join(found) or 'nothing')}</td>"
             f"<td class='{'right' if is_right else 'wrong'}'>{'right' if is_right else 'wrong'}</td></tr>"
-            for judge, found, is_right in rows
+            for who, found, is_right in rows
         ]
         return f"<table>{''.join(cells)}</table>"
 
@@ -143,7 +138,7 @@ class Studio:
 
 def enlarged(picture: torch.Tensor) -> Image.Image:
     """A picture, uint8 [3, 64, 64], as large as on the page."""
-    return Image.fromarray(np.asarray(picture.permute(1, 2, 0))).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    return to_pil_image(picture).resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 
 def style(objects: list[str]) -> str:

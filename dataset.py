@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.manifest import MANIFEST_NAME, check_manifest
 from data.pack import PACK, load_pack
-from infra.commands import InputError
+from infra.commands import InputError, announce
 from infra.files import load_json, temporary_beside, write_whole
 from label_files import first_scenes, load_labels
 from labels import multi_hot
@@ -74,11 +74,16 @@ def read_pictures(folder: Path, count: int) -> torch.Tensor:
         return torch.stack(list(pool.map(lambda i: read_picture(folder / f"{i}.png"), range(count))))
 
 
-def write_picture(path: Path, image: torch.Tensor):
-    """Write a picture, uint8 [3, H, W] on the CPU, as PNG."""
+def to_png(image: torch.Tensor) -> bytes:
+    """A picture, uint8 [3, H, W] on the CPU, as the content of a PNG file."""
     content = io.BytesIO()
     to_pil_image(image).save(content, "PNG")
-    write_whole(path, content.getvalue())
+    return content.getvalue()
+
+
+def write_picture(path: Path, image: torch.Tensor):
+    """Write a picture, uint8 [3, H, W] on the CPU, as PNG."""
+    write_whole(path, to_png(image))
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -205,8 +210,7 @@ def load_data(source: Path | None, labels_path: Path, objects: dict[str, int]) -
     """
     default = Path("iclevr") if os.path.lexists("iclevr") else PACK
     found = source or default
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started
-        print(f"reading {found}", flush=True)
+    announce(f"reading {found}")
     data = ICLEVRDataset(found, labels_path, objects)
     if not source and found != PACK and len(data) < len(data.label_file):
         raise InputError(

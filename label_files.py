@@ -26,6 +26,11 @@ def load_objects(path: Path | str = ROOT / "objects.json") -> dict[str, int]:
     return {name: int(index) for name, index in objects.items()}
 
 
+def names_of(objects: dict[str, int]) -> list[str]:
+    """The names of objects in the order of their indices."""
+    return sorted(objects, key=lambda name: objects[name])
+
+
 def check_condition(condition, objects: dict[str, int], where: str) -> list[str]:
     """Return `condition` if it lists 1 to 5 different known names, else raise InputError with `where`."""
     if not isinstance(condition, list) or not 1 <= len(condition) <= MAX_OBJECTS:
@@ -64,8 +69,8 @@ def load_labels(path: Path | str, objects: dict[str, int]) -> dict[str, list[str
 def unseen_triples(labels: dict[str, list[str]], objects: dict[str, int], count: int = 100) -> list[list[str]]:
     """Up to `count` sets of three objects that appear together in no picture of `labels`, drawn evenly."""
     seen = {frozenset(triple) for c in labels.values() for triple in itertools.combinations(c, 3)}
-    names = sorted(objects, key=lambda name: objects[name])
-    unseen = [list(triple) for triple in itertools.combinations(names, 3) if frozenset(triple) not in seen]
+    triples = itertools.combinations(names_of(objects), 3)
+    unseen = [list(triple) for triple in triples if frozenset(triple) not in seen]
     chosen = np.random.default_rng(0).permutation(len(unseen))[:count]
     return [unseen[i] for i in sorted(chosen)]
 

@@ -1,15 +1,12 @@
 """Exports pictures with their labels in the format of Hugging Face datasets."""
 
-import io
 import shutil
 from pathlib import Path
 
-from PIL import Image
-
-from dataset import ICLEVRDataset
+from dataset import ICLEVRDataset, to_png
 from infra.commands import InputError
 from infra.files import contents, temporary_beside
-from label_files import scene_of
+from label_files import names_of, scene_of
 
 CARD = """---
 license: mit
@@ -44,13 +41,6 @@ print(pictures[0]["image"], [names[i] for i in pictures[0]["objects"]])
 """
 
 
-def png(pixels) -> bytes:
-    """A picture, uint8 [3, 64, 64], as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
-    return file.getvalue()
-
-
 def export(data: ICLEVRDataset, folder: Path):
     """Write a data set as a folder that `datasets.load_dataset` opens: a Parquet file and a card. Raises InputError."""
     try:
@@ -59,16 +49,15 @@ def export(data: ICLEVRDataset, folder: Path):
         raise InputError("--export: wants the library datasets; pip install datasets") from None
     if contents(folder):
         raise InputError(f"{folder}: not empty; choose another folder")
-    names = sorted(data.objects, key=lambda name: data.objects[name])
     features = datasets.Features(
         {
             "image": datasets.Image(),
-            "objects": datasets.Sequence(datasets.ClassLabel(names=names)),
+            "objects": datasets.Sequence(datasets.ClassLabel(names=names_of(data.objects))),
             "scene": datasets.Value("string"),
             "file_name": datasets.Value("string"),
         }
     )
-    images = [{"bytes": png(image), "path": name} for image, name in zip(data.images, data.filenames, strict=True)]
+    images = [{"bytes": to_png(image), "path": name} for image, name in zip(data.images, data.filenames, strict=True)]
     columns = {
         "image": images,
         "objects": [[data.objects[name] for name in condition] for condition in data.conditions],

@@ -10,7 +10,7 @@ import torch
 from data.manifest import check_manifest
 from infra.commands import ROOT, InputError
 from infra.files import parse_json, temporary_beside
-from label_files import first_scenes, scene_of
+from label_files import first_scenes, names_of, scene_of
 from options import IMAGE_SIZE
 
 PACK = ROOT / "data" / "iclevr.npz"  # the pictures that ship
@@ -43,7 +43,7 @@ def save_pack(
         "differences": np.diff(by_step, axis=3, prepend=np.uint8(0)),
         "labels": labels.numpy().astype(np.uint8),
         "filenames": np.array(filenames),
-        "objects": np.array(sorted(objects, key=lambda name: objects[name])),
+        "objects": np.array(names_of(objects)),
         "manifest": np.array(json.dumps(manifest)),
     }
     temporary = temporary_beside(path)

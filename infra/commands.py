@@ -46,11 +46,16 @@ def command(main):
 def read_early(parse_args: Callable[[None], argparse.Namespace]):
     """Read a script's options, so that a mistake is told at once, then say what the next seconds go into."""
     parse_args(None)
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started
-        with lasting_output():
-            script = Path(sys.argv[0])
-            name = script.parent.name if script.name == "__main__.py" else script.name  # python -m report
-            print(f"{name}: loading PyTorch", flush=True)
+    with lasting_output():
+        script = Path(sys.argv[0])
+        name = script.parent.name if script.name == "__main__.py" else script.name  # python -m report
+        announce(f"{name}: loading PyTorch")
+
+
+def announce(what: str):
+    """Say what the next seconds go into, in the first of the processes that torchrun started."""
+    if os.environ.get("RANK", "0") == "0":  # where accelerate need not be there yet
+        print(what, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------- output

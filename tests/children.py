@@ -38,6 +38,13 @@ def _run(script: str, argv: list[str], folder: Path, printed: Path, limits: dict
     importlib.import_module(script).main(argv)
 
 
+def free_port() -> int:
+    """A port that no process listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def _prepare():
     """Tell the server, before it is up, what to import."""
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)

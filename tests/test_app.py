@@ -6,7 +6,6 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from children import free_port
 from conftest import ROOT
 
 pytest.importorskip("gradio")
@@ -29,9 +29,7 @@ PATIENCE = 180_000  # milliseconds: CI may be slow
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> str:
     """Of the page, with the weights that ship."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     line = [sys.executable, ROOT / "app.py", "--port", str(port), "--weights", ROOT / "weights" / "small"]
     folder = tmp_path_factory.mktemp("app")
     with (folder / "output.txt").open("w") as output:

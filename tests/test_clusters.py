@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from subprocess import PIPE, STDOUT
@@ -10,7 +9,7 @@ from subprocess import PIPE, STDOUT
 import pytest
 
 from checkpoint import steps_done
-from children import wait_for_text
+from children import free_port, wait_for_text
 from conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -25,12 +24,6 @@ SCONTROL = """#!/usr/bin/env bash
 echo "$@" >>"$NOTES/scontrol"
 echo localhost
 """
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_the_slurm_job_is_saved_requeued_and_goes_on(argv, tmp_path):
