@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from infra.commands import ROOT, InputError, Parser, command, did_you_mean, read_early, shown, to_path
-from options import PRESETS, check_options
+from options import PRESETS, check_options, recipe_options
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -317,8 +317,7 @@ def resume(folder: Path, state: TrainingState, metadata: dict) -> dict:
     Raises InputError if it is broken or, by `metadata`, of another recipe or other data than this run.
     """
     before = load_metadata(folder)
-    preset = PRESETS[metadata["model"]]
-    older = preset["training"] | preset["scheduler"]  # what a run did before there was an option for it
+    older = recipe_options(metadata["model"])  # what a run did before there was an option for it
     for part in ("recipe", "data"):
         for name, value in metadata[part].items():
             found = before[part].get(name, older.get(name))

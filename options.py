@@ -70,6 +70,12 @@ RANGES = {  # of the options of `generate`; both bounds of an interval
 }
 
 
+def recipe_options(preset: str) -> dict:
+    """The options of train.py that decide a result, by name, as they are in a preset."""
+    scheduler = PRESETS[preset]["scheduler"]
+    return PRESETS[preset]["training"] | {name: scheduler[name] for name in SCHEDULES}
+
+
 def check_options(options, where: str):
     """Raise InputError unless `options`, which weights bring along, are some that `generate` takes."""
     if not isinstance(options, dict) or not {"sampler", "steps", "guidance_scale"} <= options.keys():

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from infra.commands import ROOT, InputError, Parser, command, number, read_early, to_path, to_seed
-from options import OPTIMIZERS, PRECISIONS, PRESETS, SCHEDULES
+from options import OPTIMIZERS, PRECISIONS, PRESETS, SCHEDULES, recipe_options
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -56,8 +56,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--log-with", choices=("tensorboard", "wandb"), help="besides <out>/log.jsonl")
     args = parser.parse_args(argv)
     # Whatever is not given is as in the preset.
-    preset = PRESETS[args.model]
-    for name, value in (preset["training"] | {name: preset["scheduler"][name] for name in SCHEDULES}).items():
+    for name, value in recipe_options(args.model).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs", args.model)

@@ -35,7 +35,10 @@ CURVES_NAME = "curves.png"
 PANELS = {"loss": "training loss", "gradient_norm": "gradient norm", "learning_rate": "learning rate"}
 
 
-def read_log(path: Path) -> tuple[list[dict], list[dict]]:
+Log = tuple[list[dict], list[dict]]  # the lines of training steps, those of accuracies
+
+
+def read_log(path: Path) -> Log:
     """The lines of a run's log: those of training steps, and those of accuracies in between. Raises InputError."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -56,18 +59,17 @@ def plot_steps(axes: Axes, steps: list[dict], name: str, **style):
     axes.plot([step["pictures"] for step in steps][width - 1 :], values, **style)
 
 
-def draw_curves(logs: dict[str, Path], out: Path):
-    """Draw runs, name -> log, into the picture `out`. Raises InputError."""
-    found = {name: read_log(path) for name, path in logs.items()}
-    has_scores = any(scores for _, scores in found.values())
+def draw_curves(logs: dict[str, Log], out: Path):
+    """Draw runs, name -> log, into the picture `out`."""
+    has_scores = any(scores for _, scores in logs.values())
     figure = Figure(figsize=(10, 6 if has_scores else 3), layout="constrained")
     panels = figure.subplots(2 if has_scores else 1, 2 if has_scores else 3).flat
     for axes, (name, label) in zip(panels, PANELS.items(), strict=False):
-        for run, (steps, _) in found.items():
+        for run, (steps, _) in logs.items():
             plot_steps(axes, steps, name, label=run)
         axes.set(ylabel=label, yscale="linear" if name == "learning_rate" else "log")
     if has_scores:
-        for index, (run, (_, scores)) in enumerate(found.items()):
+        for index, (run, (_, scores)) in enumerate(logs.items()):
             seen = [score["pictures"] for score in scores]
             style = {"color": f"C{index}", "marker": "."}
             panels[3].plot(seen, [score["accuracy"] for score in scores], label=run, **style)
@@ -87,13 +89,14 @@ def draw_curves(logs: dict[str, Path], out: Path):
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     logs = {}
-    for path in args.runs:
-        log = path / LOG_NAME if path.is_dir() else path
-        if not log.is_file():
-            raise InputError(f"{log}: no such file; it is the log of a run of train.py")
-        if not any(read_log(log)):
-            raise InputError(f"{log}: no training steps in it")
-        logs[str(log.parent)] = log
+    for run in args.runs:
+        path = run / LOG_NAME if run.is_dir() else run
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; it is the log of a run of train.py")
+        log = read_log(path)
+        if not any(log):
+            raise InputError(f"{path}: no training steps in it")
+        logs[str(path.parent)] = log
     draw_curves(logs, args.out)
     print(args.out)
 

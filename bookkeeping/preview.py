@@ -10,11 +10,10 @@ from torchvision.utils import make_grid
 from bookkeeping import tracking
 from bookkeeping.run import Run, is_due
 from dataset import to_uint8, write_picture
-from diffusion import generate, picture_seed
 from infra.commands import ROOT
 from label_files import load_conditions, load_objects
-from labels import hard_negatives, multi_hot
 from options import PRESETS
+from pipeline import Painter
 
 
 def paint(
@@ -27,18 +26,15 @@ def paint(
 ) -> torch.Tensor:
     """Pictures of the `chosen` conditions, uint8 [B, 3, 64, 64], with few steps and from the same noise each time.
     Raises FloatingPointError."""
-    objects = load_objects()
     options = PRESETS[args.model]["sampling"] | {"sampler": "dpmsolver++", "steps": 15}
+    painter = Painter(model, model, noise_scheduler, load_objects(), options, accelerator.device)
     images = []
     model.eval()
     try:
         with accelerator.autocast():
             for start in range(0, len(chosen), 16):
                 part = chosen[start : start + 16]
-                labels = multi_hot([conditions[i] for i in part], objects).to(accelerator.device)
-                seeds = [picture_seed(0, i) for i in part]
-                options["negative_labels"] = [hard_negatives(conditions[i], objects) for i in part]
-                images.append(generate(model, noise_scheduler, labels, seeds, **options))
+                images.append(painter.paint([conditions[i] for i in part], [(0, i) for i in part]))
     finally:
         model.train()
     return to_uint8(torch.cat(images)).cpu()

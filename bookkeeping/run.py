@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 
 import checkpoint
 from bookkeeping import tracking
-from bookkeeping.curves import CURVES_NAME, LOG_NAME, draw_curves
+from bookkeeping.curves import CURVES_NAME, LOG_NAME, draw_curves, read_log
 from bookkeeping.watch import Watch
 from checkpoint import TrainingState
 from dataset import ICLEVRDataset
@@ -20,7 +20,7 @@ from infra.device import Setup, seconds_per_picture
 from lab import load_evaluator
 from label_files import load_objects
 from labels import multi_hot
-from options import PRESETS, SCHEDULES
+from options import recipe_options
 
 SAVE_EVERY = 600  # seconds, without --save-every
 
@@ -32,7 +32,7 @@ def is_due(done: int, every: int, last: int) -> bool:
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """What decides the result of a run, but for rounding: it may not change when the run goes on."""
-    names = ["model", "seed", "mixed_precision", *PRESETS[args.model]["training"], *SCHEDULES]
+    names = ["model", "seed", "mixed_precision", *recipe_options(args.model)]
     recipe = {name: getattr(args, name) for name in names if name not in ("epochs", "batch_size")}
     recipe["batch_size * grad_accum"] = args.batch_size * args.grad_accum
     if args.lr_schedule != "constant":
@@ -151,7 +151,7 @@ class Run:
         if state.scaler:
             metadata["grad_scaler"] = state.scaler.state_dict()
         checkpoint.save(self.args.out, state, noise_scheduler, metadata, self.args.keep_checkpoints)
-        draw_curves({"": self.args.out / LOG_NAME}, self.args.out / CURVES_NAME)
+        draw_curves({"": read_log(self.args.out / LOG_NAME)}, self.args.out / CURVES_NAME)
         self._last_saved = time.monotonic()
 
     def end(self, done: int, is_stopping: bool):
