@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch
 from tqdm import tqdm
 
+from bookkeeping.curves import LOG_NAME
 from dataset import load_data
 from infra.commands import InputError, command, number
 from infra.files import load_json, lock, write_json
@@ -51,7 +52,7 @@ class Job:
 
     def minutes_done(self) -> float:
         """By the log of its training. Sampling and judging are not counted."""
-        log = self.folder / "run" / "log.jsonl"
+        log = self.folder / "run" / LOG_NAME
         planned = self.folder / "steps.json"
         if not log.exists() or not planned.exists():
             return 0.0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bookkeeping.curves import LOG_NAME
 from checkpoint import METADATA_NAME, newest
 from dataset import ICLEVRDataset
 from infra.commands import InputError
@@ -181,7 +182,7 @@ def weights_section(reports: list[dict]) -> dict:
     if len(names) == 1 and (folder / METADATA_NAME).exists():
         section["metadata"] = load_json(folder / METADATA_NAME)
         section["metadata"].pop("unseen", None)  # a hundred lists of objects
-        log = folder.parent / "log.jsonl"
+        log = folder.parent / LOG_NAME
         if log.exists():  # the weights are those of a run
             section["log"] = figures.draw_log(log)
     return section

@@ -16,18 +16,18 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)]
-from checkpoint import SHIPPED, WEIGHTS_NAME, load_weights
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from checkpoint import SHIPPED, load_weights
 from dataset import to_uint8
 from diffusion import Network
-from evaluator import default_weights
 from infra.commands import Parser, command, number, to_path
 from infra.device import choose_setup, device_name, join_processes, prepare
-from infra.files import file_sha256, load_json, write_json
+from infra.files import write_json
 from lab import load_evaluator
 from label_files import load_conditions, load_objects
 from pipeline import Painter
 from report.metrics import judge, measure, spread
+from studies.steps import stored_results
 
 LISTS = ("validation", "test", "new_test")
 BATCH_SIZE = 16
@@ -77,13 +77,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--num-images", type=number(int, 1), help="of each list, to try it out")
     args = parser.parse_args(argv)
     state = join_processes()
-    stored = load_json(args.out) if args.out.exists() else {}
-    judged = {
-        "weights_sha256": file_sha256(args.weights / WEIGHTS_NAME),
-        "evaluator_sha256": file_sha256(default_weights()),
-    }
-    if any(stored.get(name) != value for name, value in judged.items()):
-        stored = {**judged, "results": {}}
+    stored = stored_results(args.out, args.weights)
     model, noise_scheduler, metadata = load_weights(args.weights)
     options = metadata["sampling"] | {"negative_scale": 0.0}
     _, network = prepare(model, choose_setup(state, None, 0, training=False))

@@ -7,7 +7,6 @@ choose the number of training steps, train with train.py, sample with sample.py 
 """
 
 import argparse
-import json
 import math
 import shutil
 import statistics
@@ -26,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import sample
 import train
 from baselines import bare_training
+from bookkeeping.curves import LOG_NAME, read_log
 from bookkeeping.run import is_due
 from checkpoint import checkpoints, load_metadata, step_of, steps_done
 from dataset import read_picture, write_picture
@@ -232,7 +232,7 @@ def main():
     train_row(row, run, args.seed, steps)
     points, guidance = measure_points(row, run, folder, steps, args.dry_run)
 
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log, _ = read_log(run / LOG_NAME)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     result = {
         "row": args.row,

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sample
 from checkpoint import SHIPPED, WEIGHTS_NAME
 from evaluator import default_weights
-from infra.files import file_sha256
+from infra.files import file_sha256, load_json, write_json
 
 RUNS = {  # options of sample.py
     f"{sampler} {steps}": ["--sampler", sampler, "--steps", steps, "--seeds", 2]
@@ -46,20 +46,23 @@ def sweep(description: str, runs: dict[str, list], measure: Callable | None = No
     parser.add_argument("--out", type=Path, required=True, help="path of the results, without .json and .png")
     args = parser.parse_args()
     path = Path(f"{args.out}.json")
-    judged = {
-        "weights_sha256": file_sha256(args.weights / WEIGHTS_NAME),
-        "evaluator_sha256": file_sha256(default_weights()),
-    }
-    results = {}
-    if path.exists():
-        stored = json.loads(path.read_text())
-        if all(stored.get(name) == value for name, value in judged.items()):
-            results = stored["results"]
+    stored = stored_results(path, args.weights)
+    results = stored["results"]
     for key, options in runs.items():
         if key not in results:
             results[key] = paint(args.weights, options, measure)
-            path.write_text(json.dumps({**judged, "results": results}, indent=1) + "\n")
+            write_json(path, stored)
     return [results[key] for key in runs], Path(f"{args.out}.png")
+
+
+def stored_results(path: Path, weights: Path) -> dict:
+    """What a study's file holds, with its `results` if they are of these weights and this evaluator, else none."""
+    judged = {"weights_sha256": file_sha256(weights / WEIGHTS_NAME), "evaluator_sha256": file_sha256(default_weights())}
+    if path.exists():
+        stored = load_json(path)
+        if all(stored.get(name) == value for name, value in judged.items()):
+            return stored
+    return {**judged, "results": {}}
 
 
 def paint(weights: Path, options: list, measure: Callable | None) -> dict:
