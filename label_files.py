@@ -31,15 +31,16 @@ def names_of(objects: dict[str, int]) -> list[str]:
     return sorted(objects, key=lambda name: objects[name])
 
 
-def check_condition(condition, objects: dict[str, int], where: str) -> list[str]:
-    """Return `condition` if it lists 1 to 5 different known names, else raise InputError with `where`."""
+def check_condition(condition, objects: dict[str, int], where: str, may_repeat: bool = False) -> list[str]:
+    """Return `condition` if it lists 1 to 5 known names, else raise InputError with `where`. They must be different
+    unless they `may_repeat`."""
     if not isinstance(condition, list) or not 1 <= len(condition) <= MAX_OBJECTS:
         raise InputError(f"{where}: expected a list of 1 to {MAX_OBJECTS} objects, got {shown(condition)}")
     for name in condition:
         if not isinstance(name, str) or name not in objects:
             nearest = did_you_mean(str(name), objects)
             raise InputError(f"{where}: unknown object {shown(name)}{nearest}")
-        if condition.count(name) > 1:
+        if condition.count(name) > 1 and not may_repeat:
             raise InputError(f"{where}: {shown(name)} stands there twice, expected different objects")
     return condition
 
@@ -55,14 +56,15 @@ def load_conditions(path: Path | str, objects: dict[str, int]) -> list[list[str]
     return [check_condition(c, objects, f"{path}, entry {i}") for i, c in enumerate(conditions)]
 
 
-def load_labels(path: Path | str, objects: dict[str, int]) -> dict[str, list[str]]:
-    """Read labels of pictures (the format of `train.json`): file name -> list of names. Raises InputError."""
+def load_labels(path: Path | str, objects: dict[str, int], may_repeat: bool = False) -> dict[str, list[str]]:
+    """Read labels of pictures (the format of `train.json`): file name -> list of names, all different unless they
+    `may_repeat`. Raises InputError."""
     labels = load_json(path)
     if not isinstance(labels, dict) or not labels:
         raise InputError(f"{path}: expected a mapping of file names to lists of object names, like train.json")
     for filename, condition in labels.items():
         scene_of(filename, path)
-        check_condition(condition, objects, f"{path}, entry {shown(filename)}")
+        check_condition(condition, objects, f"{path}, entry {shown(filename)}", may_repeat)
     return labels
 
 

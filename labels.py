@@ -20,19 +20,27 @@ def shape_of(name: str) -> str:
 
 
 def multi_hot(conditions: list[list[str]], objects: dict[str, int]) -> torch.Tensor:
-    """Turn N lists of names into a float32 tensor [N, 24] of zeros and ones."""
+    """Turn N lists of names into a float32 tensor [N, 24]: how often each object is in a list, 0 or 1 but for pictures
+    that show an object twice."""
+    rows = torch.tensor([i for i, condition in enumerate(conditions) for _ in condition], dtype=torch.long)
+    columns = torch.tensor([objects[name] for condition in conditions for name in condition], dtype=torch.long)
     labels = torch.zeros(len(conditions), len(objects))
-    for i, condition in enumerate(conditions):
-        labels[i, [objects[name] for name in condition]] = 1
-    return labels
+    return labels.index_put_((rows, columns), torch.ones(len(rows)), accumulate=True)
+
+
+def has_colour_twice(condition: list[str]) -> bool:
+    """Whether two objects of a condition have the same colour."""
+    return len({colour_of(name) for name in condition}) < len(condition)
 
 
 def hard_negatives(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
     """The hard negatives [K, 24] of a condition: its label, but with two objects of one colour in one shape.
 
     For a red cube and a red sphere these are two red cubes, with a 2 in their place, and two red spheres. n
-    objects of a colour make n (n - 1). None was ever seen in training, where all objects of a scene differ.
+    objects of a colour make n (n - 1). A condition that names an object twice is such a mistake itself, and has none.
     """
+    if len(set(condition)) < len(condition):
+        return torch.zeros(0, len(objects))
     pairs = [(a, b) for a, b in itertools.permutations(condition, 2) if colour_of(a) == colour_of(b)]
     negatives = multi_hot([condition], objects).repeat(len(pairs), 1)
     for negative, (lost, doubled) in zip(negatives, pairs, strict=True):

@@ -5,6 +5,11 @@
     python -m data.render --random-scenes 1000 --out more   # new scenes, their labels in more/labels.json
     python -m data.render --make-labels       # the five label files that ship
 
+More pictures of what is hard to paint, for `train.py --extra hard`:
+
+    python -m data.render --hard-labels --out hard                       # hard/labels.json
+    python -m data.render --labels hard/labels.json --out hard           # its pictures
+
 Pictures ship as packs in data/. To make one: render a folder, pack it, move the pack to data/.
 
     python -m data.render                     # data/iclevr.npz: the pictures to train on
@@ -51,6 +56,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="default: all cores")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--make-labels", action="store_true", help="write the five label files and stop")
+    other.add_argument("--hard-labels", action="store_true",
+                       help="write OUT/labels.json: scenes of --labels with two objects of one colour, and scenes "
+                       "that show an object twice, and stop")  # fmt: skip
     other.add_argument("--random-scenes", type=number(int, 1), metavar="N",
                        help="render all steps of N new scenes of 1 to 5 objects")  # fmt: skip
     other.add_argument("--pack", action="store_true", help="write the pictures of --out to one file, OUT.npz")
@@ -61,8 +69,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                        help="write the pictures of --out, or without it of data/iclevr.npz, to DIR as Parquet, for "
                        "datasets.load_dataset")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.random_scenes and not args.out:
-        parser.error("--random-scenes needs --out DIR")
+    if (args.random_scenes or args.hard_labels) and not args.out:
+        parser.error("--random-scenes and --hard-labels need --out DIR")
     return args
 
 
@@ -71,6 +79,7 @@ if __name__ == "__main__":
 
 import importlib.metadata
 import io
+import itertools
 import json
 import multiprocessing
 import signal
@@ -120,6 +129,9 @@ CYLINDER_BEVEL = 0.09  # of OBJECT_SIZE
 PLACE_RANGE = 3.0  # of the objects' centres: [-3, 3]^2
 MIN_DISTANCE = 2.45  # between two centres
 MIN_VISIBLE = 200  # pixels of 320x240 that each of the five placed objects must show
+
+TWICE = 3400  # scenes of `hard_labels` that show an object twice
+SAME_SHAPE_SHARE = 0.4  # of these: two objects of one colour in one shape, with no more objects than asked for
 
 Job = tuple[str, list[str], list[int]]  # scene name, its objects, how many of them each picture shows
 
@@ -198,6 +210,45 @@ def random_labels(scenes: int, seed: int) -> dict[str, list[str]]:
         names = draw_objects(rng, int(rng.integers(1, MAX_OBJECTS + 1)))
         labels.update(scene_labels(f"CLEVR_random{seed}_{i:06d}", names))
     return labels
+
+
+def two_of_one_colour(condition: list[str]) -> list[tuple[int, int]]:
+    """The places of two objects of one colour in a condition, in both orders."""
+    places = itertools.permutations(range(len(condition)), 2)
+    return [(i, j) for i, j in places if colour_of(condition[i]) == colour_of(condition[j])]
+
+
+def hard_labels(labels: dict[str, list[str]], seed: int) -> dict[str, list[str]]:
+    """Labels of scenes that are hard to paint, shuffled, made from `labels` of i-CLEVR scenes.
+
+    Each scene with two objects of one colour is there two times, to be placed anew. In TWICE other scenes an object is
+    there twice. These show the mistakes that a model makes, under labels that say so: a condition with a copy of an
+    object, or with two objects of one colour in one shape.
+    """
+    rng = np.random.default_rng(seed)
+    conditions = list(labels.values())
+    pairs = [condition for condition in conditions if two_of_one_colour(condition)]
+    scenes: dict[str, dict[str, list[str]]] = {}  # name -> labels of its pictures
+    for copy in range(2):
+        for filename, condition in labels.items():
+            if two_of_one_colour(condition):
+                scene = f"CLEVR_pairs{copy}_{scene_of(filename).removeprefix('CLEVR_train_')}"
+                scenes.setdefault(scene, {})[f"{scene}_{len(condition) - 1}.png"] = condition
+    for i in range(TWICE):
+        if rng.random() < SAME_SHAPE_SHARE:
+            names = list(pairs[rng.integers(len(pairs))])
+            places = two_of_one_colour(names)
+            lost, doubled = places[rng.integers(len(places))]
+            names[lost] = names[doubled]
+        else:
+            names = list(conditions[rng.integers(len(conditions))])
+            names.append(names[rng.integers(len(names))])
+        rng.shuffle(names)
+        scene = f"CLEVR_twice_{i:06d}"
+        scenes[scene] = {f"{scene}_{len(names) - 1}.png": names}
+    chosen = list(scenes.values())
+    order = np.random.default_rng(0).permutation(len(chosen))  # so that the first scenes are like all
+    return {filename: condition for i in order for filename, condition in chosen[i].items()}
 
 
 def write_new(files: dict[Path, object]):
@@ -578,7 +629,7 @@ def render_folder(out: Path, labels_path: Path, objects: dict[str, int], args: a
 
     Ctrl-C ends the process with exit code 130. What was rendered stays, and the same command goes on.
     """
-    labels = load_labels(labels_path, objects)
+    labels = load_labels(labels_path, objects, may_repeat=True)
     scenes = group_scenes(labels, labels_path)
     options = {"size": args.size, "samples": args.samples, "seed": args.seed, "mitsuba": mitsuba_version()}
     wanted = {"labels": labels_path.name, "labels_sha256": text_sha256(labels_path), "options": options}
@@ -612,6 +663,9 @@ def main(argv: list[str] | None = None):
         return
     objects = load_objects()
     out = args.out or Path("iclevr")
+    if args.hard_labels:
+        write_new({out / "labels.json": hard_labels(load_labels(args.labels, objects), args.seed)})
+        return
     if args.pack:
         pack(out, args.labels, objects, args.limit)
     elif args.export:
