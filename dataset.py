@@ -25,12 +25,13 @@ from data.pack import PACK, load_pack
 from infra.commands import InputError, announce
 from infra.files import load_json, temporary_beside, write_whole
 from label_files import first_scenes, load_labels
-from labels import multi_hot
+from labels import has_colour_twice, multi_hot
 from options import IMAGE_SIZE
 
 MAX_PIXELS = 4096 * 4096  # of a picture: one of more is a mistake or a decompression bomb
 Image.MAX_IMAGE_PIXELS = None  # instead of Pillow's own limit, up to twice of which it only warns
 CACHE_NAME = f".pictures-{IMAGE_SIZE}.safetensors"
+EXTRA_LABELS = "labels.json"  # of a folder with labels of its own
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -156,14 +157,14 @@ class ICLEVRDataset(Dataset):
     `images` is uint8 [N, 3, 64, 64] and `labels` float32 [N, 24], both whole in memory; an item is a pair
     of the picture as float32 [3, 64, 64] in [-1, 1] and its multi-hot label [24]. `manifest` says how
     render.py made the pictures, and is empty if it did not. `label_file` is the whole label file, also where not
-    all of its pictures are rendered. Raises InputError if pictures are missing or
-    broken, or if they and the label file do not belong together.
+    all of its pictures are rendered. With `may_repeat` pictures may show an object twice. Raises InputError if
+    pictures are missing or broken, or if they and the label file do not belong together.
     """
 
-    def __init__(self, source: Path | str, labels_path: Path | str, objects: dict[str, int]):
+    def __init__(self, source: Path | str, labels_path: Path | str, objects: dict[str, int], may_repeat: bool = False):
         source = Path(source)
         labels_path = Path(labels_path)
-        labels = load_labels(labels_path, objects)
+        labels = load_labels(labels_path, objects, may_repeat)
         self.manifest: dict = {}
         if source.suffix == ".npz":
             self.images, self.manifest, present = load_pack(source, labels_path, labels)
@@ -188,6 +189,20 @@ class ICLEVRDataset(Dataset):
         self.conditions = list(present.values())
         self.labels = multi_hot(self.conditions, objects)  # [N, 24]
 
+    def extend(self, other: "ICLEVRDataset"):
+        """Add the pictures of another data set behind those of this one."""
+        self.images = torch.cat([self.images, other.images])
+        self.labels = torch.cat([self.labels, other.labels])
+        self.filenames = self.filenames + other.filenames
+        self.conditions = self.conditions + other.conditions
+        self.label_file = self.label_file | other.label_file
+
+    @functools.cached_property
+    def hard(self) -> torch.Tensor:
+        """Indices of the pictures that are hardest to paint: of three objects or more, or of two in one colour."""
+        is_hard = [len(condition) >= 3 or has_colour_twice(condition) for condition in self.conditions]
+        return torch.tensor(is_hard).nonzero().flatten()
+
     def sha256(self) -> str:
         """A hash of all pictures: file names and label file may stay as they are while these change."""
         digest = hashlib.sha256()
@@ -202,9 +217,11 @@ class ICLEVRDataset(Dataset):
         return to_float(self.images[index]), self.labels[index]
 
 
-def load_data(source: Path | None, labels_path: Path, objects: dict[str, int]) -> tuple[ICLEVRDataset, Path]:
+def load_data(
+    source: Path | None, labels_path: Path, objects: dict[str, int], extra: Path | None = None
+) -> tuple[ICLEVRDataset, Path]:
     """The pictures to train on, and where they are: `source`, or without one `iclevr/` of the working
-    directory, or where there is none the pack that ships.
+    directory, or where there is none the pack that ships. `extra`: a folder of more pictures, with its labels.json.
 
     Raises InputError as `ICLEVRDataset` does, and if without `source` only a part of iclevr/ is rendered.
     """
@@ -218,6 +235,9 @@ def load_data(source: Path | None, labels_path: Path, objects: dict[str, int]) -
             f"`python -m data.render`, or give --data {found} for those there are, or --data {PACK} for the "
             f"pack"
         )
+    if extra:
+        announce(f"reading {extra}")
+        data.extend(ICLEVRDataset(extra, extra / EXTRA_LABELS, objects, may_repeat=True))
     return data, found
 
 
@@ -247,3 +267,10 @@ def batch_indices(step: int, batch_size: int, size: int, seed: int) -> torch.Ten
         inside = positions // size == epoch
         indices[inside] = epoch_order(epoch, size, seed)[positions[inside] % size]
     return indices
+
+
+def draw_pictures(step: int, batch_size: int, data: ICLEVRDataset, hard_share: float, seed: int) -> torch.Tensor:
+    """Indices [batch_size] of the pictures of a step: a share of the hard ones, the others drawn from all."""
+    from_hard = round(hard_share * batch_size)
+    hard = data.hard[batch_indices(step, from_hard, len(data.hard), seed)]
+    return torch.cat([hard, batch_indices(step, batch_size - from_hard, len(data), seed)])

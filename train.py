@@ -22,9 +22,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("run").add_argument
     add("--model", choices=PRESETS, default="reference", help="preset (default: %(default)s)")
     add("--data", type=to_path, help="folder or .npz of pictures (default: iclevr/, else what ships)")
+    add("--extra", type=to_path, metavar="DIR", help="folder of more pictures, with its labels.json")
     add("--labels", type=to_path, default=ROOT / "train.json", help="label file (default: train.json)")
     add("--out", type=to_path, help="folder of the run (default: runs/<model>)")
     add("--init", type=to_path, metavar="DIR", help="start from these weights, with a new optimizer")
+    add("--distill", type=to_path, metavar="DIR",
+        help="learn what these weights predict with guidance, to need none; starts from them")  # fmt: skip
     add("--seed", type=to_seed, default=0, help="default: %(default)s")
     add("--dry-run", action="store_true", help="print what would be trained on what, and stop")
     add("--mixed-precision", choices=PRECISIONS, help="default: what is fastest here")
@@ -43,7 +46,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--optimizer", choices=OPTIMIZERS)
     add("--prediction-type", choices=SCHEDULES["prediction_type"], help="what the network predicts")
     add("--beta-schedule", choices=SCHEDULES["beta_schedule"], help="of the noise")
+    add("--hard-share", type=number(float, 0, 1),
+        help="share of a batch from the pictures of three objects, or of two in one colour")  # fmt: skip
     add("--timestep-sampling", choices=("uniform", "logit-normal"))
+    add("--logit-mean", type=number(float, -10, 10), help="of logit-normal; above 0: more of the noisy timesteps")
     add("--min-snr-gamma", type=number(float, 0), help="weigh timesteps in the loss by min-SNR; 0: alike")
 
     add = parser.add_argument_group("output").add_argument
@@ -60,6 +66,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs", args.model)
+    args.init = args.init or args.distill
     return args
 
 
@@ -84,12 +91,13 @@ from bookkeeping import tracking
 from bookkeeping.preview import preview
 from bookkeeping.run import Run, announce, recipe_of
 from checkpoint import TrainingState
-from dataset import ICLEVRDataset, batch_indices, load_data, seed_of, to_float
-from diffusion import target_of
-from infra.device import Setup, choose_setup, explained, join_processes, new_accelerator, smaller_batch
+from dataset import ICLEVRDataset, draw_pictures, load_data, seed_of, to_float
+from diffusion import Negatives, guided_prediction, target_of
+from infra.device import Setup, choose_setup, explained, join_processes, new_accelerator, prepare, smaller_batch
 from infra.files import disk_errors, lock, text_sha256
 from infra.signals import clean_stop
 from label_files import load_objects, unseen_triples
+from labels import hard_negatives
 from model import build
 from muon import Muon
 from network import ConditionalUNet
@@ -98,6 +106,8 @@ OPTIMIZER_CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
     "muon": Muon,
 }
+
+Teacher = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, list[list[str]]], torch.Tensor]
 
 # -------------------------------------------------------------------------------------- what a step works on
 
@@ -139,6 +149,7 @@ def train(
     data: ICLEVRDataset,
     model: ConditionalUNet,
     noise_scheduler: DDPMScheduler,
+    teacher: Teacher | None,
     setup: Setup,
     run: Run,
 ):
@@ -172,7 +183,7 @@ def train(
             # Draw. All draws of a step follow from (seed, step). Every process draws the whole batch and
             # works on its share, so the number of processes changes nothing.
             torch.manual_seed(seed_of(args.seed, step))
-            indices = batch_indices(step, batch_size, len(images), args.seed)
+            indices = draw_pictures(step, batch_size, data, args.hard_share, args.seed)
             batch = indices.to(device, non_blocking=True)
             clean = to_float(images[batch])  # [B, 3, 64, 64] in [-1, 1]
             label = labels[batch]  # [B, 24]
@@ -180,11 +191,14 @@ def train(
             noise = torch.randn_like(clean)
             timesteps = torch.randint(num_timesteps, (batch_size,), device=device)
             if args.timestep_sampling == "logit-normal":  # more of the middle (arXiv 2403.03206, section 3.1)
-                timesteps = (num_timesteps * torch.randn(batch_size, device=device).sigmoid()).long()
+                logits = torch.randn(batch_size, device=device) + args.logit_mean
+                timesteps = (num_timesteps * logits.sigmoid()).long()
             # Label dropout for classifier-free guidance (arXiv 2207.12598): zeros mean no label.
             label = label * (torch.rand(batch_size, 1, device=device) >= args.label_dropout)
             noisy = noise_scheduler.add_noise(clean, noise, timesteps)
             target = target_of(noise_scheduler, clean, noise, timesteps)
+            if teacher:  # guidance distillation (arXiv 2210.03142): what it predicts with guidance
+                target = teacher(noisy, timesteps, label, [data.conditions[i] for i in indices])
             weights = loss_weights(noise_scheduler, timesteps, args.min_snr_gamma)  # [B]
 
             # Learn. A process adds up the gradients of its shares; accelerate averages over processes.
@@ -224,6 +238,23 @@ def train(
 
 
 # ------------------------------------------------------------------------------------------------- around it
+
+
+def load_teacher(folder: Path, setup: Setup, objects: dict[str, int]) -> tuple[Teacher, dict]:
+    """What the weights in `folder` predict with the guidance they were made for, and the options to sample a
+    student of them with. Raises InputError."""
+    model, _, metadata = checkpoint.load_weights(folder)
+    network, _ = prepare(model, setup)
+    options = dict(metadata["sampling"])
+    student_options = {"sampler": options.pop("sampler"), "steps": options.pop("steps"), "guidance_scale": 1.0}
+
+    def predict(
+        images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor, conditions: list[list[str]]
+    ) -> torch.Tensor:
+        negatives = Negatives([hard_negatives(condition, objects) for condition in conditions], setup.device)
+        return guided_prediction(network, images, timesteps, labels, negatives, **options)
+
+    return predict, student_options
 
 
 def load_model(args: argparse.Namespace, data: ICLEVRDataset) -> tuple[ConditionalUNet, DDPMScheduler, dict]:
@@ -280,7 +311,7 @@ def main(argv: list[str] | None = None):
     if state.is_main_process:
         checkpoint.refuse_other_run(args.out)
     with state.main_process_first():  # the first decodes the pictures, the others read what it kept
-        data, args.data = load_data(args.data, args.labels, load_objects())
+        data, args.data = load_data(args.data, args.labels, load_objects(), args.extra)
     batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / batch_size)
     # A CUDA graph writes the gradients of each pass to the same place: they can't be added up, nor shared.
@@ -306,11 +337,14 @@ def main(argv: list[str] | None = None):
             announce(args, data, model, setup, accelerator, max(0, left))
         if args.dry_run:
             return
+        teacher = None
+        if args.distill:
+            teacher, metadata["sampling"] = load_teacher(args.distill, setup, data.objects)
         # From here on the folder is ours, and a signal to stop waits for the end of a step.
         own_folder = lock(args.out) if is_main else nullcontext()
         with own_folder, clean_stop(accelerator.num_processes) as stop, disk_errors(args.out):
             run = Run(args, accelerator, metadata, data.filenames, stop)
-            train(args, data, model, noise_scheduler, setup, run)
+            train(args, data, model, noise_scheduler, teacher, setup, run)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import argparse
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torchvision.utils import make_grid
 
@@ -12,26 +11,20 @@ from bookkeeping.run import Run, is_due
 from dataset import to_uint8, write_picture
 from infra.commands import ROOT
 from label_files import load_conditions, load_objects
-from options import PRESETS
 from pipeline import Painter
 
 
 def paint(
-    args: argparse.Namespace,
-    conditions: list[list[str]],
-    chosen: range,
-    model: torch.nn.Module,
-    noise_scheduler: DDPMScheduler,
-    accelerator: Accelerator,
+    conditions: list[list[str]], chosen: range, model: torch.nn.Module, noise_scheduler: DDPMScheduler, run: Run
 ) -> torch.Tensor:
     """Pictures of the `chosen` conditions, uint8 [B, 3, 64, 64], with few steps and from the same noise each time.
     Raises FloatingPointError."""
-    options = PRESETS[args.model]["sampling"] | {"sampler": "dpmsolver++", "steps": 15}
-    painter = Painter(model, model, noise_scheduler, load_objects(), options, accelerator.device)
+    options = run.sampling | {"sampler": "dpmsolver++", "steps": 15}
+    painter = Painter(model, model, noise_scheduler, load_objects(), options, run.accelerator.device)
     images = []
     model.eval()
     try:
-        with accelerator.autocast():
+        with run.accelerator.autocast():
             for start in range(0, len(chosen), 16):
                 part = chosen[start : start + 16]
                 images.append(painter.paint([conditions[i] for i in part], [(0, i) for i in part]))
@@ -51,7 +44,7 @@ def preview(args: argparse.Namespace, step: int, model: torch.nn.Module, noise_s
     conditions = load_conditions(ROOT / "validation.json", load_objects())
     chosen = range(0, len(conditions), 1 if is_score_due else 8)
     try:
-        pictures = paint(args, conditions, chosen, model, noise_scheduler, run.accelerator)
+        pictures = paint(conditions, chosen, model, noise_scheduler, run)
     except FloatingPointError as error:  # which the loss may not show
         print(f"{args.out}: no samples of step {step:,}: {error}")
         return

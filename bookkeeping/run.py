@@ -37,7 +37,9 @@ def recipe_of(args: argparse.Namespace) -> dict:
     recipe["batch_size * grad_accum"] = args.batch_size * args.grad_accum
     if args.lr_schedule != "constant":
         recipe["max_steps"] = args.max_steps
-    recipe["init"] = str(args.init) if args.init else None
+    for name in ("init", "distill", "extra"):
+        folder = getattr(args, name)
+        recipe[name] = str(folder) if folder else None
     return recipe
 
 
@@ -80,6 +82,7 @@ class Run:
         # Fused AdamW skips a step for which `found_inf` is 1, and fp16's gradient scaler one that overflows:
         # the numbers of a step can then be read one step late.
         self.skips_by_itself = args.optimizer == "adamw" or accelerator.scaler is not None
+        self.sampling = metadata["sampling"]  # the options that the weights are made for
         self._metadata = metadata
         self._pictures_before = metadata["pictures_seen"]  # by the weights that training starts from
         self._filenames = filenames
