@@ -24,14 +24,13 @@ from data.manifest import MANIFEST_NAME, check_manifest
 from data.pack import PACK, load_pack
 from infra.commands import InputError, announce
 from infra.files import load_json, temporary_beside, write_whole
-from label_files import first_scenes, load_labels
+from label_files import LABELS_NAME, first_scenes, load_labels
 from labels import has_colour_twice, multi_hot
 from options import IMAGE_SIZE
 
 MAX_PIXELS = 4096 * 4096  # of a picture: one of more is a mistake or a decompression bomb
 Image.MAX_IMAGE_PIXELS = None  # instead of Pillow's own limit, up to twice of which it only warns
 CACHE_NAME = f".pictures-{IMAGE_SIZE}.safetensors"
-EXTRA_LABELS = "labels.json"  # of a folder with labels of its own
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -237,7 +236,7 @@ def load_data(
         )
     if extra:
         announce(f"reading {extra}")
-        data.extend(ICLEVRDataset(extra, extra / EXTRA_LABELS, objects, may_repeat=True))
+        data.extend(ICLEVRDataset(extra, extra / LABELS_NAME, objects, may_repeat=True))
     return data, found
 
 

@@ -49,7 +49,7 @@ from tqdm import tqdm
 from dataset import ICLEVRDataset, read_picture, to_float
 from infra.device import choose_precision, explained, join_processes, new_accelerator
 from infra.files import load_json, write_whole
-from label_files import load_conditions, load_labels, load_objects, split_by_scene
+from label_files import LABELS_NAME, load_conditions, load_labels, load_objects, split_by_scene
 from labels import multi_hot
 from options import NUM_OBJECTS
 from scoring import BATCH_SIZE as BATCH_SIZE  # code that uses this module may know it from here
@@ -249,7 +249,7 @@ def train(
 
 def labels_of(folder: Path, otherwise: Path) -> Path:
     """The label file that lies beside the pictures of `folder`, as render.py's random scenes have it."""
-    return folder / "labels.json" if (folder / "labels.json").exists() else otherwise
+    return folder / LABELS_NAME if (folder / LABELS_NAME).exists() else otherwise
 
 
 def refuse_other_file(path: Path):

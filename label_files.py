@@ -12,6 +12,7 @@ from options import NUM_OBJECTS
 
 PICTURE_NAME = re.compile(r"([\w-]+)_(\d+)\.png", re.ASCII)
 MAX_OBJECTS = 5  # a CLEVR scene of this kind holds no more
+LABELS_NAME = "labels.json"  # in a folder whose pictures have labels of their own
 
 
 def load_objects(path: Path | str = ROOT / "objects.json") -> dict[str, int]:

@@ -176,7 +176,6 @@ def train(
     num_timesteps = noise_scheduler.config.num_train_timesteps
     steps = range(first_step, args.max_steps)
     is_quiet = not accelerator.is_main_process
-
     with tqdm(steps, initial=first_step, total=args.max_steps, disable=is_quiet, unit="step") as bar:
         run.watch.bar = bar
         for step in bar:

@@ -95,7 +95,7 @@ from data.manifest import MANIFEST_NAME, open_manifest
 from data.pack import PACK, is_pack, load_pack, save_pack
 from dataset import ICLEVRDataset
 from infra.files import contents, text_sha256, write_json
-from label_files import MAX_OBJECTS, load_labels, load_objects, scene_of
+from label_files import LABELS_NAME, MAX_OBJECTS, load_labels, load_objects, scene_of
 from labels import colour_of
 
 SHAPES = ("cube", "sphere", "cylinder")
@@ -664,7 +664,7 @@ def main(argv: list[str] | None = None):
     objects = load_objects()
     out = args.out or Path("iclevr")
     if args.hard_labels:
-        write_new({out / "labels.json": hard_labels(load_labels(args.labels, objects), args.seed)})
+        write_new({out / LABELS_NAME: hard_labels(load_labels(args.labels, objects), args.seed)})
         return
     if args.pack:
         pack(out, args.labels, objects, args.limit)
@@ -674,7 +674,7 @@ def main(argv: list[str] | None = None):
         path = out.with_name(f"{out.name}.npz") if args.out else PACK
         verify(path, args.labels, args.limit or 20, args.workers, objects)
     else:
-        labels_path = out / "labels.json" if args.random_scenes else args.labels
+        labels_path = out / LABELS_NAME if args.random_scenes else args.labels
         refuse_others(out, labels_path)
         if args.random_scenes:
             write_new({labels_path: random_labels(args.random_scenes, args.seed)})
