@@ -35,19 +35,27 @@ def shape_of(name: str) -> str:
 
 
 def multi_hot(conditions: list[list[str]], objects: dict[str, int]) -> torch.Tensor:
-    """Turn N lists of names into a float32 tensor [N, 24] of zeros and ones."""
+    """Turn N lists of names into a float32 tensor [N, 24]: how often each object is in a list, 0 or 1 but for pictures
+    that show an object twice."""
+    rows = torch.tensor([i for i, condition in enumerate(conditions) for _ in condition], dtype=torch.long)
+    columns = torch.tensor([objects[name] for condition in conditions for name in condition], dtype=torch.long)
     labels = torch.zeros(len(conditions), len(objects))
-    for i, condition in enumerate(conditions):
-        labels[i, [objects[name] for name in condition]] = 1
-    return labels
+    return labels.index_put_((rows, columns), torch.ones(len(rows)), accumulate=True)
+
+
+def has_colour_twice(condition: list[str]) -> bool:
+    """Whether two objects of a condition have the same colour."""
+    return len({colour_of(name) for name in condition}) < len(condition)
 
 
 def hard_negatives(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
     """The hard negatives [K, 24] of a condition: its label, but with two objects of one colour in one shape.
 
     For a red cube and a red sphere these are two red cubes, with a 2 in their place, and two red spheres. n
-    objects of a colour make n (n - 1). None was ever seen in training, where all objects of a scene differ.
+    objects of a colour make n (n - 1). A condition that names an object twice is such a mistake itself, and has none.
     """
+    if len(set(condition)) < len(condition):
+        return torch.zeros(0, len(objects))
     pairs = [(a, b) for a, b in itertools.permutations(condition, 2) if colour_of(a) == colour_of(b)]
     negatives = multi_hot([condition], objects).repeat(len(pairs), 1)
     for negative, (lost, doubled) in zip(negatives, pairs, strict=True):
@@ -225,12 +233,12 @@ class Negatives:
 def predict_together(
     model: Network,
     images: torch.Tensor,
-    timestep: torch.Tensor,
+    timesteps: torch.Tensor,
     labels: torch.Tensor,
     with_unconditional: bool,
     negatives: Negatives | None,
 ) -> list[torch.Tensor]:
-    """The predictions for images [B, 3, 64, 64] at a timestep [] given their labels [B, 24], then if asked
+    """The predictions for images [B, 3, 64, 64] at timesteps [B] given their labels [B, 24], then if asked
     for those given no label, then those given the hard negatives [K, 3, 64, 64]: in one pass."""
     everyone = torch.arange(len(images), device=images.device)
     rows = [everyone]  # of the image that each prediction is for
@@ -242,10 +250,42 @@ def predict_together(
         rows.append(negatives.owners)
         parts.append(negatives.labels)
     all_rows = torch.cat(rows)
-    timesteps = torch.full_like(all_rows, timestep.item())
     # At most twice the batch at a time: guidance alone then takes one pass, and so it is compiled.
-    predictions = predict(model, images[all_rows], timesteps, torch.cat(parts), 2 * len(images))
+    predictions = predict(model, images[all_rows], timesteps[all_rows], torch.cat(parts), 2 * len(images))
     return list(predictions.split([len(part) for part in parts]))
+
+
+@torch.no_grad()
+def guided_prediction(
+    teacher: Network,
+    images: torch.Tensor,
+    timesteps: torch.Tensor,
+    labels: torch.Tensor,
+    negatives: Negatives,
+    guidance_scale: float,
+    guidance_interval: Interval = (0, 1000),
+    negative_scale: float = 0.0,
+    negative_interval: Interval = (0, 1000),
+) -> torch.Tensor:
+    """What a guided `teacher` predicts [B, 3, 64, 64] for images, each at a timestep of its own [B]: what the
+    student of guidance distillation (arXiv 2210.03142, section 3.1) learns to predict in one pass.
+
+    As in `generate`, with the same options. Labels [B, 24] of zeros are not guided.
+    """
+    predictions = predict_together(teacher, images, timesteps, labels, True, negatives if len(negatives) else None)
+    conditional = predictions[0]
+    unconditional = predictions[1]
+
+    def scales(scale: float, interval: Interval, otherwise: float) -> torch.Tensor:
+        is_inside = (timesteps >= interval[0]) & (timesteps <= interval[1]) & labels.any(1)
+        return torch.where(is_inside, scale, otherwise)[:, None, None, None]
+
+    guidance = scales(guidance_scale, guidance_interval, 1.0)
+    prediction = unconditional + guidance * (conditional - unconditional)
+    if len(negatives):
+        away = negatives.away(conditional, predictions[2])
+        prediction = prediction + scales(negative_scale, negative_interval, 0.0) * away
+    return prediction
 
 
 @torch.enable_grad()
@@ -340,7 +380,8 @@ def generate(
         is_guided = guidance_scale != 1 and is_within(guidance_interval, t)
         is_negated = negative_scale > 0 and len(negatives) > 0 and is_within(negative_interval, t)
         inputs = scheduler.scale_model_input(images, t)
-        predictions = predict_together(model, inputs, t, labels, is_guided, negatives if is_negated else None)
+        timesteps = torch.full((len(images),), t.item(), device=images.device)
+        predictions = predict_together(model, inputs, timesteps, labels, is_guided, negatives if is_negated else None)
         conditional = predictions[0]
         prediction = conditional
         # Classifier-free guidance: further in the direction in which the label changes the prediction.
