@@ -311,6 +311,10 @@ def main(argv: list[str] | None = None):
         checkpoint.refuse_other_run(args.out)
     with state.main_process_first():  # the first decodes the pictures, the others read what it kept
         data, args.data = load_data(args.data, args.labels, load_objects(), args.extra)
+    if args.hard_share and not len(data.hard):
+        raise InputError(
+            f"--hard-share {args.hard_share}: {args.data} has no picture of three objects or of two in one colour"
+        )
     batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / batch_size)
     # A CUDA graph writes the gradients of each pass to the same place: they can't be added up, nor shared.
