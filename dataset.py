@@ -25,7 +25,7 @@ from data.pack import PACK, load_pack
 from infra.commands import InputError, announce
 from infra.files import load_json, temporary_beside, write_whole
 from label_files import LABELS_NAME, first_scenes, load_labels
-from labels import has_colour_twice, multi_hot
+from labels import multi_hot, pairs_of_one_colour
 from options import IMAGE_SIZE
 
 MAX_PIXELS = 4096 * 4096  # of a picture: one of more is a mistake or a decompression bomb
@@ -199,7 +199,7 @@ class ICLEVRDataset(Dataset):
     @functools.cached_property
     def hard(self) -> torch.Tensor:
         """Indices of the pictures that are hardest to paint: of three objects or more, or of two in one colour."""
-        is_hard = [len(condition) >= 3 or has_colour_twice(condition) for condition in self.conditions]
+        is_hard = [len(condition) >= 3 or bool(pairs_of_one_colour(condition)) for condition in self.conditions]
         return torch.tensor(is_hard).nonzero().flatten()
 
     def sha256(self) -> str:
@@ -271,5 +271,7 @@ def batch_indices(step: int, batch_size: int, size: int, seed: int) -> torch.Ten
 def draw_pictures(step: int, batch_size: int, data: ICLEVRDataset, hard_share: float, seed: int) -> torch.Tensor:
     """Indices [batch_size] of the pictures of a step: a share of the hard ones, the others drawn from all."""
     from_hard = round(hard_share * batch_size)
+    if not from_hard:
+        return batch_indices(step, batch_size, len(data), seed)
     hard = data.hard[batch_indices(step, from_hard, len(data.hard), seed)]
     return torch.cat([hard, batch_indices(step, batch_size - from_hard, len(data), seed)])

@@ -117,9 +117,9 @@ def initial_noise(seeds: list[int], device: torch.device) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------------- guidance
 
 
-def is_within(interval: Interval, timestep: torch.Tensor) -> bool:
-    """Whether a timestep [] lies in an interval, bounds included."""
-    return bool(interval[0] <= timestep <= interval[1])
+def is_within(interval: Interval, timesteps: torch.Tensor) -> torch.Tensor:
+    """Whether timesteps, of any shape, lie in an interval, bounds included."""
+    return (interval[0] <= timesteps) & (timesteps <= interval[1])
 
 
 def predict(
@@ -211,8 +211,8 @@ def guided_prediction(
     unconditional = predictions[1]
 
     def scales(scale: float, interval: Interval, otherwise: float) -> torch.Tensor:
-        is_inside = (timesteps >= interval[0]) & (timesteps <= interval[1]) & labels.any(1)
-        return torch.where(is_inside, scale, otherwise)[:, None, None, None]
+        is_changed = is_within(interval, timesteps) & labels.any(1)
+        return torch.where(is_changed, scale, otherwise)[:, None, None, None]
 
     guidance = scales(guidance_scale, guidance_interval, 1.0)
     prediction = unconditional + guidance * (conditional - unconditional)
@@ -311,8 +311,8 @@ def generate(
     sums = []  # of each prediction: looked at once at the end, since to look is to wait for the device
     for t in scheduler.timesteps:
         images = callback(images)
-        is_guided = guidance_scale != 1 and is_within(guidance_interval, t)
-        is_negated = negative_scale > 0 and len(negatives) > 0 and is_within(negative_interval, t)
+        is_guided = guidance_scale != 1 and bool(is_within(guidance_interval, t))
+        is_negated = negative_scale > 0 and len(negatives) > 0 and bool(is_within(negative_interval, t))
         inputs = scheduler.scale_model_input(images, t)
         timesteps = torch.full((len(images),), t.item(), device=images.device)
         predictions = predict_together(model, inputs, timesteps, labels, is_guided, negatives if is_negated else None)

@@ -28,9 +28,9 @@ def multi_hot(conditions: list[list[str]], objects: dict[str, int]) -> torch.Ten
     return labels.index_put_((rows, columns), torch.ones(len(rows)), accumulate=True)
 
 
-def has_colour_twice(condition: list[str]) -> bool:
-    """Whether two objects of a condition have the same colour."""
-    return len({colour_of(name) for name in condition}) < len(condition)
+def pairs_of_one_colour(condition: list[str]) -> list[tuple[str, str]]:
+    """All pairs of objects of a condition that have the same colour, in both orders."""
+    return [(a, b) for a, b in itertools.permutations(condition, 2) if colour_of(a) == colour_of(b)]
 
 
 def hard_negatives(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
@@ -41,7 +41,7 @@ def hard_negatives(condition: list[str], objects: dict[str, int]) -> torch.Tenso
     """
     if len(set(condition)) < len(condition):
         return torch.zeros(0, len(objects))
-    pairs = [(a, b) for a, b in itertools.permutations(condition, 2) if colour_of(a) == colour_of(b)]
+    pairs = pairs_of_one_colour(condition)
     negatives = multi_hot([condition], objects).repeat(len(pairs), 1)
     for negative, (lost, doubled) in zip(negatives, pairs, strict=True):
         negative[objects[lost]] = 0

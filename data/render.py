@@ -79,7 +79,6 @@ if __name__ == "__main__":
 
 import importlib.metadata
 import io
-import itertools
 import json
 import multiprocessing
 import signal
@@ -96,7 +95,7 @@ from data.pack import PACK, is_pack, load_pack, save_pack
 from dataset import ICLEVRDataset
 from infra.files import contents, text_sha256, write_json
 from label_files import LABELS_NAME, MAX_OBJECTS, load_labels, load_objects, scene_of
-from labels import colour_of
+from labels import colour_of, pairs_of_one_colour
 
 SHAPES = ("cube", "sphere", "cylinder")
 COLORS = {  # sRGB numbers that CLEVR hands to Blender as if they were linear
@@ -212,12 +211,6 @@ def random_labels(scenes: int, seed: int) -> dict[str, list[str]]:
     return labels
 
 
-def two_of_one_colour(condition: list[str]) -> list[tuple[int, int]]:
-    """The places of two objects of one colour in a condition, in both orders."""
-    places = itertools.permutations(range(len(condition)), 2)
-    return [(i, j) for i, j in places if colour_of(condition[i]) == colour_of(condition[j])]
-
-
 def hard_labels(labels: dict[str, list[str]], seed: int) -> dict[str, list[str]]:
     """Labels of scenes that are hard to paint, shuffled, made from `labels` of i-CLEVR scenes.
 
@@ -227,19 +220,19 @@ def hard_labels(labels: dict[str, list[str]], seed: int) -> dict[str, list[str]]
     """
     rng = np.random.default_rng(seed)
     conditions = list(labels.values())
-    pairs = [condition for condition in conditions if two_of_one_colour(condition)]
+    pairs = [condition for condition in conditions if pairs_of_one_colour(condition)]
     scenes: dict[str, dict[str, list[str]]] = {}  # name -> labels of its pictures
     for copy in range(2):
         for filename, condition in labels.items():
-            if two_of_one_colour(condition):
+            if pairs_of_one_colour(condition):
                 scene = f"CLEVR_pairs{copy}_{scene_of(filename).removeprefix('CLEVR_train_')}"
                 scenes.setdefault(scene, {})[f"{scene}_{len(condition) - 1}.png"] = condition
     for i in range(TWICE):
         if rng.random() < SAME_SHAPE_SHARE:
             names = list(pairs[rng.integers(len(pairs))])
-            places = two_of_one_colour(names)
-            lost, doubled = places[rng.integers(len(places))]
-            names[lost] = names[doubled]
+            of_one_colour = pairs_of_one_colour(names)
+            lost, doubled = of_one_colour[rng.integers(len(of_one_colour))]
+            names[names.index(lost)] = doubled
         else:
             names = list(conditions[rng.integers(len(conditions))])
             names.append(names[rng.integers(len(names))])
@@ -665,8 +658,7 @@ def main(argv: list[str] | None = None):
     out = args.out or Path("iclevr")
     if args.hard_labels:
         write_new({out / LABELS_NAME: hard_labels(load_labels(args.labels, objects), args.seed)})
-        return
-    if args.pack:
+    elif args.pack:
         pack(out, args.labels, objects, args.limit)
     elif args.export:
         export(ICLEVRDataset(args.out or PACK, args.labels, objects), args.export)

@@ -16,7 +16,7 @@ from data import render
 from dataset import ICLEVRDataset, draw_pictures, load_data, to_float
 from infra.files import load_json, write_json
 from label_files import load_labels, load_objects
-from labels import hard_negatives, has_colour_twice, multi_hot
+from labels import hard_negatives, multi_hot, pairs_of_one_colour
 from runs import log_of
 
 OBJECTS = load_objects()
@@ -161,7 +161,7 @@ def test_only_extra_pictures_may_show_an_object_twice(extra, refused, tmp_path):
 
 def test_a_share_of_each_batch_is_hard(pictures):
     data = ICLEVRDataset(pictures, ROOT / "train.json", OBJECTS)
-    is_hard = [len(c) == 3 or has_colour_twice(c) for c in data.conditions]
+    is_hard = [len(c) == 3 or pairs_of_one_colour(c) for c in data.conditions]
     assert data.hard.tolist() == [i for i, hard in enumerate(is_hard) if hard]
     for step in range(5):
         indices = draw_pictures(step, 8, data, 0.75, seed=3)
@@ -169,6 +169,12 @@ def test_a_share_of_each_batch_is_hard(pictures):
     every = torch.cat([draw_pictures(step, 8, data, 0.0, seed=3) for step in range(3)])
     assert every.bincount().tolist() == [2] * 12
     assert draw_pictures(0, 8, data, 1.0, seed=3).unique().tolist() == data.hard.tolist()
+
+
+def test_a_share_of_hard_pictures_wants_some(extra, refused, tmp_path):
+    write_json(extra / "labels.json", {"CLEVR_extra_000002_0.png": ["blue cube"]})
+    argv = ["--data", extra, "--labels", extra / "labels.json", "--hard-share", "0.5", "--out", tmp_path / "run"]
+    refused(train.main, argv, "--hard-share 0.5", "has no picture of three objects or of two in one colour")
 
 
 @pytest.mark.slow
@@ -188,7 +194,7 @@ def test_hard_labels_are_of_i_clevr_conditions_or_their_mistakes(tmp_path, refus
     render.main(["--hard-labels", "--out", str(tmp_path), "--seed", "4"])
     labels = load_labels(tmp_path / "labels.json", OBJECTS, may_repeat=True)
     train_sets = {frozenset(c) for c in load_labels(ROOT / "train.json", OBJECTS).values()}
-    assert len(labels) > 7000 and all(has_colour_twice(c) for c in labels.values())
+    assert len(labels) > 7000 and all(pairs_of_one_colour(c) for c in labels.values())
     mistakes = [c for c in labels.values() if len(set(c)) < len(c)]
     assert len(mistakes) == render.TWICE and max(map(len, mistakes)) == 4
     assert all(frozenset(c) in train_sets for c in labels.values() if len(set(c)) == len(c))

@@ -43,9 +43,9 @@ def multi_hot(conditions: list[list[str]], objects: dict[str, int]) -> torch.Ten
     return labels.index_put_((rows, columns), torch.ones(len(rows)), accumulate=True)
 
 
-def has_colour_twice(condition: list[str]) -> bool:
-    """Whether two objects of a condition have the same colour."""
-    return len({colour_of(name) for name in condition}) < len(condition)
+def pairs_of_one_colour(condition: list[str]) -> list[tuple[str, str]]:
+    """All pairs of objects of a condition that have the same colour, in both orders."""
+    return [(a, b) for a, b in itertools.permutations(condition, 2) if colour_of(a) == colour_of(b)]
 
 
 def hard_negatives(condition: list[str], objects: dict[str, int]) -> torch.Tensor:
@@ -56,7 +56,7 @@ def hard_negatives(condition: list[str], objects: dict[str, int]) -> torch.Tenso
     """
     if len(set(condition)) < len(condition):
         return torch.zeros(0, len(objects))
-    pairs = [(a, b) for a, b in itertools.permutations(condition, 2) if colour_of(a) == colour_of(b)]
+    pairs = pairs_of_one_colour(condition)
     negatives = multi_hot([condition], objects).repeat(len(pairs), 1)
     for negative, (lost, doubled) in zip(negatives, pairs, strict=True):
         negative[objects[lost]] = 0
@@ -183,9 +183,9 @@ def initial_noise(seeds: list[int], device: torch.device) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------------- guidance
 
 
-def is_within(interval: Interval, timestep: torch.Tensor) -> bool:
-    """Whether a timestep [] lies in an interval, bounds included."""
-    return bool(interval[0] <= timestep <= interval[1])
+def is_within(interval: Interval, timesteps: torch.Tensor) -> torch.Tensor:
+    """Whether timesteps, of any shape, lie in an interval, bounds included."""
+    return (interval[0] <= timesteps) & (timesteps <= interval[1])
 
 
 def predict(
@@ -277,8 +277,8 @@ def guided_prediction(
     unconditional = predictions[1]
 
     def scales(scale: float, interval: Interval, otherwise: float) -> torch.Tensor:
-        is_inside = (timesteps >= interval[0]) & (timesteps <= interval[1]) & labels.any(1)
-        return torch.where(is_inside, scale, otherwise)[:, None, None, None]
+        is_changed = is_within(interval, timesteps) & labels.any(1)
+        return torch.where(is_changed, scale, otherwise)[:, None, None, None]
 
     guidance = scales(guidance_scale, guidance_interval, 1.0)
     prediction = unconditional + guidance * (conditional - unconditional)
@@ -377,8 +377,8 @@ def generate(
     sums = []  # of each prediction: looked at once at the end, since to look is to wait for the device
     for t in scheduler.timesteps:
         images = callback(images)
-        is_guided = guidance_scale != 1 and is_within(guidance_interval, t)
-        is_negated = negative_scale > 0 and len(negatives) > 0 and is_within(negative_interval, t)
+        is_guided = guidance_scale != 1 and bool(is_within(guidance_interval, t))
+        is_negated = negative_scale > 0 and len(negatives) > 0 and bool(is_within(negative_interval, t))
         inputs = scheduler.scale_model_input(images, t)
         timesteps = torch.full((len(images),), t.item(), device=images.device)
         predictions = predict_together(model, inputs, timesteps, labels, is_guided, negatives if is_negated else None)
