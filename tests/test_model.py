@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load_weights, write_weights
@@ -36,13 +37,17 @@ def test_a_network_predicts_bit_for_bit_the_same_after_its_way_to_disk_and_back(
     assert metadata == METADATA
 
 
-CONDITIONINGS = ("linear", "tokens")
+CONDITIONINGS = {  # ways in which the label enters: options of the network
+    "linear": {"conditioning": "linear", "middle_layers": 0},
+    "tokens": {"conditioning": "tokens", "middle_layers": 0},
+    "middle": {"conditioning": "linear", "middle_layers": 2, "normalize_attention": True},
+}
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_each_object_changes_the_prediction_and_is_trained(conditioning, tmp_path):
     torch.manual_seed(1)
-    model = ConditionalUNet(**PRESETS["small"]["network"], conditioning=conditioning)
+    model = ConditionalUNet(**PRESETS["small"]["network"] | CONDITIONINGS[conditioning])
     images, timesteps, labels = inputs()
     labels[1] = 0  # no label
     model(images, timesteps, labels).square().mean().backward()
@@ -62,9 +67,43 @@ def test_each_object_changes_the_prediction_and_is_trained(conditioning, tmp_pat
         torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
 
 
+def test_a_new_transformer_in_the_middle_changes_nothing_until_it_is_trained():
+    torch.manual_seed(1)
+    without = ConditionalUNet(**PRESETS["small"]["network"] | {"middle_layers": 0})
+    with_one = ConditionalUNet(**PRESETS["small"]["network"] | {"middle_layers": 2})
+    added = with_one.load_state_dict(without.state_dict(), strict=False).missing_keys
+    assert added and all(name.startswith("middle.") for name in added)
+    assert torch.equal(with_one(*inputs()), without(*inputs()))
+    with_one(*inputs()).square().mean().backward()
+    assert with_one.middle.project_out.weight.grad.any()
+
+
+def test_normalized_attention_does_not_depend_on_the_size_of_queries_keys_or_features():
+    """Without it the middle's attention has logits of millions after long training, and learns no more."""
+    torch.manual_seed(1)
+    network = PRESETS["small"]["network"] | {"normalize_attention": True, "middle_layers": 1}
+    model = ConditionalUNet(**network).eval()
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    with torch.no_grad():
+        torch.nn.init.normal_(model.middle.project_out.weight)  # so that what it adds is seen
+        expected = model(*inputs())
+        for attention in attentions:
+            for layer in (attention.to_q, attention.to_k):
+                layer.weight.mul_(1000)
+                if layer.bias is not None:
+                    layer.bias.mul_(1000)
+        torch.testing.assert_close(model(*inputs()), expected, rtol=0, atol=1e-4)
+    [middle] = model.unet.mid_block.attentions
+    features = torch.randn(1, 128, 8, 8)
+    once, often = (middle(scale * features) - scale * features for scale in (1, 1000))
+    torch.testing.assert_close(once, often, rtol=0, atol=1e-2)
+
+
 def test_a_conditioning_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="no conditioning words"):
         ConditionalUNet(conditioning="words")
+    with pytest.raises(ValueError, match="no middle transformer"):
+        ConditionalUNet(conditioning="tokens", middle_layers=2)
 
 
 def test_the_reference_preset_is_the_network_and_recipe_of_the_report():
@@ -97,13 +136,13 @@ def gradients_of(output: torch.Tensor, network: torch.nn.Module) -> list[torch.T
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("preset", "conditioning"), [("reference", "linear"), ("small", "linear"), ("small", "tokens")]
+    ("preset", "conditioning"), [("reference", "linear"), ("small", "linear"), ("small", "tokens"), ("small", "middle")]
 )
 def test_the_network_compiles_into_one_graph(preset, conditioning):
     """Prepared by accelerate as train.py does it; a break in the graph would raise."""
     blocks = build(preset)[0].config.block_out_channels
-    small = {"block_out_channels": [32] * len(blocks), "layers_per_block": 1, "conditioning": conditioning}
-    network = ConditionalUNet(**PRESETS[preset]["network"] | small).train()
+    small = {"block_out_channels": [32] * len(blocks), "layers_per_block": 1}
+    network = ConditionalUNet(**PRESETS[preset]["network"] | small | CONDITIONINGS[conditioning]).train()
     prepared = new_accelerator(mixed_precision="no").prepare_model(network)
     compiled = torch.compile(prepared, backend="aot_eager", fullgraph=True, dynamic=False)
     images, timesteps, labels = inputs()
