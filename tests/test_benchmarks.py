@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 
 import children
+from checkpoint import load_weights, write_weights
 from conftest import ROOT
 from model import build
 
@@ -43,7 +45,7 @@ def test_every_command_is_in_the_readme():
     assert [script for script in SCRIPTS if script not in NOT_COMMANDS and f"python {script}" not in text] == []
 
 
-@pytest.mark.parametrize("check", ["check_render", "check_evaluator"])  # the others are run below
+@pytest.mark.parametrize("check", ["check_render", "check_evaluator"])  # the other is run below
 def test_a_check_starts_by_its_path(check):
     assert run_script(f"benchmarks/checks/{check}.py", "--help").startswith("usage: ")
 
@@ -56,6 +58,37 @@ def test_a_study_prints_the_table_in_the_docs_and_samples_nothing_that_its_file_
     assert (tmp_path / f"{study}.json").read_text() == stored
     assert (tmp_path / f"{study}.png").stat().st_size > 5000
     assert table in (ROOT / "docs" / "speed.md").read_text() + (ROOT / "weights" / "README.md").read_text()
+
+
+def test_grown_weights_have_attention_that_compares_and_train_on(seedling, argv, tmp_path):
+    """With queries and keys 100 times as large, as after long training, each place sees one other place alone."""
+    model, noise_scheduler, metadata = load_weights(seedling)
+    old = [module for module in model.modules() if isinstance(module, Attention)]
+    with torch.no_grad():
+        for attention in old:
+            attention.to_q.weight.mul_(100)
+            attention.to_k.weight.mul_(100)
+    write_weights(tmp_path / "saturated", model, noise_scheduler, metadata)
+    python = children.warm_python()
+    line = ["benchmarks/grow.py", tmp_path / "saturated", tmp_path / "grown", "--layers", 2]
+    run_script(*line, python=python)
+    seen = {}
+    for name in ("saturated", "grown"):
+        table = run_script("benchmarks/checks/check_attention.py", tmp_path / name, python=python).split("\n")[5:]
+        seen[name] = [[float(cell) for cell in line.split("|")[2:-1]] for line in table if line]
+    assert len(seen["saturated"]) == len(old) and len(seen["grown"]) == len(old) + 2
+    assert min(logit for _, _, logit, _ in seen["saturated"]) > 100
+    assert max(logit for _, _, logit, _ in seen["grown"]) < 12.1
+    assert max(keys for *_, keys in seen["saturated"]) < 3 < max(keys for *_, keys in seen["grown"])
+    grown, _, _ = load_weights(tmp_path / "grown")
+    untouched = [name for name, weight in model.state_dict().items() if torch.equal(weight, grown.state_dict()[name])]
+    changed = set(model.state_dict()) - set(untouched)
+    assert all(name.startswith("unet.mid_block.attentions.") for name in changed)
+    refused = [python, "benchmarks/grow.py", tmp_path / "grown", tmp_path / "again"]
+    process = subprocess.run(refused, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    run = argv(tmp_path / "run", "--max-steps", 1, "--init", tmp_path / "grown")
+    assert children.finish(children.start("train", run, tmp_path)) == 0, children.output(tmp_path)
 
 
 def test_composition_adds_up_what_each_object_changes():
