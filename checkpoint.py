@@ -372,7 +372,8 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     refuse_other_weights(args.out)
     model, noise_scheduler, metadata = load_weights(args.source)
-    metadata["sampling"] = PRESETS[metadata["model"]]["sampling"]  # it may have been chosen after training
+    if not metadata["recipe"].get("distill"):  # a student of guidance distillation brings options of its own
+        metadata["sampling"] = PRESETS[metadata["model"]]["sampling"]  # they may have been chosen after training
     metadata.pop("losses", None)  # of the steps after the last line in the log
     objects = load_objects()
 

@@ -92,6 +92,9 @@ def test_a_student_starts_from_its_teacher_and_learns_its_guidance(there, guidan
     before = load_file(there / "weights" / checkpoint.WEIGHTS_NAME)
     after = load_file(checkpoints(there / "s")[-1] / checkpoint.WEIGHTS_NAME)
     assert all(torch.equal(before[name], value) for name, value in after.items())
+    # To ship, a student keeps its options, in place of those of the preset.
+    checkpoint.main([str(there / "s"), str(there / "shipped")])
+    assert checkpoint.load_metadata(there / "shipped")["sampling"] == student["sampling"]
 
 
 @pytest.mark.slow
