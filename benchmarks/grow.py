@@ -3,18 +3,18 @@
     python benchmarks/grow.py weights/small runs/grown
     python train.py --model small --init runs/grown
 
-All other weights are kept. Attention that has saturated (benchmarks/checks/check_attention.py) starts anew.
+For weights whose attention has saturated (benchmarks/checks/check_attention.py). All weights are kept but those of the
+attention in the middle, which starts anew.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import load_weights, newest, write_weights
-from infra.commands import InputError, command, number, to_path, to_seed
+from checkpoint import load_weights, write_weights
+from infra.commands import InputError, Parser, command, number, to_path, to_seed
 from infra.files import refuse_foreign
 from network import ConditionalUNet
 
@@ -43,17 +43,16 @@ def grow(model: ConditionalUNet, layers: int) -> ConditionalUNet:
 
 @command
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.split(",")[0] + ".")
+    parser = Parser(description=__doc__.split(",")[0] + ".")
     parser.add_argument("source", type=to_path, help="folder of weights, or of a run")
     parser.add_argument("out", type=to_path, help="folder to write")
     parser.add_argument("--layers", type=number(int, 1, 16), default=4, help="of the transformer (default: 4)")
     parser.add_argument("--seed", type=to_seed, default=0, help="of what is new (default: 0)")
     args = parser.parse_args(argv)
     refuse_foreign(args.out, False, "nothing")
-    source = newest(args.source)
-    model, noise_scheduler, metadata = load_weights(source)
+    model, noise_scheduler, metadata = load_weights(args.source)
     if model.config.conditioning != "linear" or model.config.middle_layers:
-        raise InputError(f"{source}: expected a network without cross-attention or transformer")
+        raise InputError(f"{args.source}: expected a network without cross-attention or transformer")
     torch.manual_seed(args.seed)
     grown = grow(model, args.layers)
     write_weights(args.out, grown, noise_scheduler, metadata)

@@ -70,8 +70,7 @@ def test_grown_weights_have_attention_that_compares_and_train_on(seedling, argv,
             attention.to_k.weight.mul_(100)
     write_weights(tmp_path / "saturated", model, noise_scheduler, metadata)
     python = children.warm_python()
-    line = ["benchmarks/grow.py", tmp_path / "saturated", tmp_path / "grown", "--layers", 2]
-    run_script(*line, python=python)
+    run_script("benchmarks/grow.py", tmp_path / "saturated", tmp_path / "grown", "--layers", 2, python=python)
     seen = {}
     for name in ("saturated", "grown"):
         table = run_script("benchmarks/checks/check_attention.py", tmp_path / name, python=python).split("\n")[5:]

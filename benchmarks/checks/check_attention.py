@@ -8,7 +8,6 @@ sees one token alone, to the number of tokens. Attention with logits in the hund
 gradient, and in bf16 most of what it gets are rounding errors.
 """
 
-import argparse
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -17,10 +16,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from checkpoint import load_weights, newest
+from checkpoint import load_weights
 from data.pack import HELD_OUT
 from dataset import ICLEVRDataset, to_float
-from infra.commands import ROOT, command
+from infra.commands import ROOT, Parser, command, to_path
 from label_files import load_objects
 
 TIMESTEPS = (100, 300, 500, 700, 900)
@@ -53,7 +52,7 @@ def inspect(attention: Attention, features: torch.Tensor, mask: torch.Tensor | N
 def measure(folder: Path) -> dict[str, list[float]]:
     """For each attention of the weights in `folder`: the COLUMNS, the largest of the logits and the mean of the
     others. Raises InputError."""
-    model, noise_scheduler, _ = load_weights(newest(folder))
+    model, noise_scheduler, _ = load_weights(folder)
     data = ICLEVRDataset(HELD_OUT, ROOT / "train.json", load_objects())
     found: dict[str, list[list[float]]] = defaultdict(list)
 
@@ -83,8 +82,8 @@ def measure(folder: Path) -> dict[str, list[float]]:
 
 @command
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("weights", type=Path, nargs="+", help="folder of weights, or of a run")
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("weights", type=to_path, nargs="+", help="folder of weights, or of a run")
     args = parser.parse_args(argv)
     for folder in args.weights:
         print(f"\n{folder}\n\n| attention | {' | '.join(COLUMNS)} |\n" + "|---" * 5 + "|")
