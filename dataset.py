@@ -25,7 +25,7 @@ from data.pack import PACK, load_pack
 from infra.commands import InputError, announce
 from infra.files import load_json, temporary_beside, write_whole
 from label_files import LABELS_NAME, first_scenes, load_labels
-from labels import multi_hot, pairs_of_one_colour
+from labels import colour_of, multi_hot, pairs_of_one_colour
 from options import IMAGE_SIZE
 
 MAX_PIXELS = 4096 * 4096  # of a picture: one of more is a mistake or a decompression bomb
@@ -202,6 +202,22 @@ class ICLEVRDataset(Dataset):
         is_hard = [len(condition) >= 3 or bool(pairs_of_one_colour(condition)) for condition in self.conditions]
         return torch.tensor(is_hard).nonzero().flatten()
 
+    @functools.cached_property
+    def confusable(self) -> list[list[int]]:
+        """For each picture the indices of others that it might be by a mistake, one for each such condition: one of
+        its objects in another shape, or one object less."""
+        picture_of = {frozenset(condition): i for i, condition in enumerate(self.conditions)}
+        found: list[list[int]] = []
+        for condition in self.conditions:
+            changed: list[frozenset[str]] = []
+            for name in condition:
+                others = set(condition) - {name}
+                changed.append(frozenset(others))
+                same_colour = [other for other in self.objects if colour_of(other) == colour_of(name)]
+                changed += [frozenset(others | {other}) for other in same_colour if other not in condition]
+            found.append([picture_of[objects] for objects in changed if objects in picture_of])
+        return found
+
     def sha256(self) -> str:
         """A hash of all pictures: file names and label file may stay as they are while these change."""
         digest = hashlib.sha256()
@@ -275,3 +291,16 @@ def draw_pictures(step: int, batch_size: int, data: ICLEVRDataset, hard_share: f
         return batch_indices(step, batch_size, len(data), seed)
     hard = data.hard[batch_indices(step, from_hard, len(data.hard), seed)]
     return torch.cat([hard, batch_indices(step, batch_size - from_hard, len(data), seed)])
+
+
+def draw_labels(indices: torch.Tensor, data: ICLEVRDataset, wrong_share: float) -> torch.Tensor:
+    """Indices [B] of the pictures whose labels those at `indices` [B] are to be given: their own, but for a share that
+    is given that of a confusable one. Draws from PyTorch's generator of the CPU."""
+    if not wrong_share:
+        return indices
+    labels_of = indices.clone()
+    for row, index in enumerate(indices.tolist()):
+        confusable = data.confusable[index]
+        if confusable and torch.rand(()) < wrong_share:
+            labels_of[row] = confusable[int(torch.randint(len(confusable), ()))]
+    return labels_of

@@ -16,7 +16,7 @@ _REPORT = {  # the recipe of the report that this project starts from
     "training": {"batch_size": 32, "learning_rate": 1e-4, "lr_schedule": "constant", "warmup_steps": 0,
                  "epochs": 40, "ema_decay": 0.0, "label_dropout": 0.0,
                  "timestep_sampling": "uniform", "logit_mean": 0.0, "min_snr_gamma": 0.0, "hard_share": 0.0,
-                 "optimizer": "adamw"},
+                 "wrong_labels": 0.0, "optimizer": "adamw"},
     "sampling": {"sampler": "ddpm", "steps": 1000, "guidance_scale": 1.0},
 }  # fmt: skip
 
@@ -46,7 +46,7 @@ PRESETS: dict[str, dict] = {
         "training": {"batch_size": 32, "learning_rate": 3e-3, "lr_schedule": "linear", "warmup_steps": 200,
                      "epochs": 40, "ema_decay": 0.999, "label_dropout": 0.1,
                      "timestep_sampling": "logit-normal", "logit_mean": 0.0, "min_snr_gamma": 0.0, "hard_share": 0.0,
-                     "optimizer": "muon"},
+                     "wrong_labels": 0.0, "optimizer": "muon"},
         # Guidance from the first step on paints copies of objects: the noisiest timesteps go without.
         "sampling": {"sampler": "dpmsolver++", "steps": 15, "guidance_scale": 4.0,
                      "guidance_interval": (0, 750),

@@ -48,6 +48,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--beta-schedule", choices=SCHEDULES["beta_schedule"], help="of the noise")
     add("--hard-share", type=number(float, 0, 1),
         help="share of a batch from the pictures of three objects, or of two in one colour")  # fmt: skip
+    add("--wrong-labels", type=number(float, 0, 1), metavar="SHARE",
+        help="of the pictures, with --distill: given the label of others that differ by a mistake")  # fmt: skip
     add("--timestep-sampling", choices=("uniform", "logit-normal"))
     add("--logit-mean", type=number(float, -10, 10), help="of logit-normal; above 0: more of the noisy timesteps")
     add("--min-snr-gamma", type=number(float, 0), help="weigh timesteps in the loss by min-SNR; 0: alike")
@@ -91,7 +93,7 @@ from bookkeeping import tracking
 from bookkeeping.preview import preview
 from bookkeeping.run import Run, announce, recipe_of
 from checkpoint import TrainingState
-from dataset import ICLEVRDataset, draw_pictures, load_data, seed_of, to_float
+from dataset import ICLEVRDataset, draw_labels, draw_pictures, load_data, seed_of, to_float
 from diffusion import Negatives, guided_prediction, target_of
 from infra.device import Setup, choose_setup, explained, join_processes, new_accelerator, prepare, smaller_batch
 from infra.files import disk_errors, lock, text_sha256
@@ -185,7 +187,9 @@ def train(
             indices = draw_pictures(step, batch_size, data, args.hard_share, args.seed)
             batch = indices.to(device, non_blocking=True)
             clean = to_float(images[batch])  # [B, 3, 64, 64] in [-1, 1]
-            label = labels[batch]  # [B, 24]
+            # A student is also shown what sampling passes: pictures that are about to become a mistake.
+            label_indices = draw_labels(indices, data, args.wrong_labels)
+            label = labels[label_indices.to(device, non_blocking=True)]  # [B, 24]
             # The forward process (arXiv 2006.11239, equation 4): noise at a random timestep for each picture.
             noise = torch.randn_like(clean)
             timesteps = torch.randint(num_timesteps, (batch_size,), device=device)
@@ -197,7 +201,7 @@ def train(
             noisy = noise_scheduler.add_noise(clean, noise, timesteps)
             target = target_of(noise_scheduler, clean, noise, timesteps)
             if teacher:  # guidance distillation (arXiv 2210.03142): what it predicts with guidance
-                target = teacher(noisy, timesteps, label, [data.conditions[i] for i in indices])
+                target = teacher(noisy, timesteps, label, [data.conditions[i] for i in label_indices])
             weights = loss_weights(noise_scheduler, timesteps, args.min_snr_gamma)  # [B]
 
             # Learn. A process adds up the gradients of its shares; accelerate averages over processes.
@@ -315,6 +319,8 @@ def main(argv: list[str] | None = None):
         raise InputError(
             f"--hard-share {args.hard_share}: {args.data} has no picture of three objects or of two in one colour"
         )
+    if args.wrong_labels and not args.distill:
+        raise InputError(f"--wrong-labels {args.wrong_labels}: only for --distill")
     batch_size = args.batch_size * args.grad_accum  # of a step, over all processes
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / batch_size)
     # A CUDA graph writes the gradients of each pass to the same place: they can't be added up, nor shared.

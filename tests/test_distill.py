@@ -13,10 +13,11 @@ import train
 from checkpoint import checkpoints, load_weights
 from conftest import NAMES, ROOT, SHIPPED, TINY
 from data import render
-from dataset import ICLEVRDataset, draw_pictures, load_data, to_float
+from data.pack import PACK
+from dataset import ICLEVRDataset, draw_labels, draw_pictures, load_data, to_float
 from infra.files import load_json, write_json
 from label_files import load_labels, load_objects
-from labels import hard_negatives, multi_hot, pairs_of_one_colour
+from labels import colour_of, hard_negatives, multi_hot, pairs_of_one_colour
 from runs import log_of
 
 OBJECTS = load_objects()
@@ -100,33 +101,46 @@ def test_a_student_starts_from_its_teacher_and_learns_its_guidance(there, guidan
 @pytest.mark.slow
 def test_a_student_comes_nearer_to_its_teacher(pictures, tmp_path):
     """Both are judged on what the teacher predicts with guidance for the same noisy pictures."""
-    argv = [
-        *TINY,
-        "--data",
-        pictures,
-        "--distill",
-        SHIPPED,
-        "--out",
-        tmp_path,
-        "--max-steps",
-        24,
-        "--optimizer",
-        "adamw",
-    ]
-    train.main([str(option) for option in [*argv, "--learning-rate", 2e-4, "--warmup-steps", 0, "--ema-decay", 0.5]])
+    shutil.copytree(SHIPPED, tmp_path / "teacher")
+    metadata = load_json(SHIPPED / "metadata.json")
+    metadata["sampling"].update(GUIDED)
+    write_json(tmp_path / "teacher" / "metadata.json", metadata)
+    argv = [*TINY, "--data", pictures, "--distill", tmp_path / "teacher", "--out", tmp_path / "student"]
+    argv += ["--max-steps", 24, "--optimizer", "adamw", "--learning-rate", 2e-4, "--warmup-steps", 0]
+    train.main([str(option) for option in [*argv, "--ema-decay", 0.5]])
     data = ICLEVRDataset(pictures, ROOT / "train.json", OBJECTS)
-    teacher, noise_scheduler, metadata = load_weights(SHIPPED)
-    options = {name: metadata["sampling"][name] for name in GUIDED}
+    teacher, noise_scheduler, _ = load_weights(SHIPPED)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(12, 3, 64, 64, generator=generator)
     timesteps = torch.full((12,), 600)
     noisy = noise_scheduler.add_noise(to_float(data.images), noise, timesteps)
     negatives = diffusion.Negatives([hard_negatives(c, OBJECTS) for c in data.conditions], noisy.device)
-    target = diffusion.guided_prediction(teacher, noisy, timesteps, data.labels, negatives, **options)
-    student, _, _ = load_weights(tmp_path)
+    target = diffusion.guided_prediction(teacher, noisy, timesteps, data.labels, negatives, **GUIDED)
+    student, _, _ = load_weights(tmp_path / "student")
     with torch.no_grad():
         before, after = ((m(noisy, timesteps, data.labels) - target).square().mean() for m in (teacher, student))
     assert after < 0.97 * before
+
+
+def test_a_share_of_the_labels_differs_by_a_mistake():
+    """Another object of that colour in the place of one, or an object less."""
+    data = ICLEVRDataset(PACK, ROOT / "train.json", OBJECTS)
+    indices = torch.arange(1000)
+    assert torch.equal(draw_labels(indices, data, 0.0), indices)
+    torch.manual_seed(0)
+    labels_of = draw_labels(indices, data, 0.25)
+    kinds = []
+    for index, label_index in zip(indices.tolist(), labels_of.tolist(), strict=True):
+        lost = set(data.conditions[index]) - set(data.conditions[label_index])
+        found = set(data.conditions[label_index]) - set(data.conditions[index])
+        assert not found or {colour_of(name) for name in found} == {colour_of(name) for name in lost}
+        kinds.append((len(lost), len(found)))
+    assert set(kinds) == {(0, 0), (1, 0), (1, 1)}
+    assert 700 < kinds.count((0, 0)) < 800 and kinds.count((1, 0)) > 50 and kinds.count((1, 1)) > 50
+
+
+def test_wrong_labels_are_only_for_a_student(refused, tmp_path):
+    refused(train.main, ["--wrong-labels", "0.3", "--out", tmp_path / "run"], "--wrong-labels 0.3", "--distill")
 
 
 # --------------------------------------------------------------------------------- hard conditions, extra pictures
