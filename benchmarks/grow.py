@@ -1,6 +1,6 @@
 """Give trained weights normalized attention and a transformer in the middle, to be trained on:
 
-    python benchmarks/grow.py weights/small runs/grown
+    python benchmarks/grow.py runs/small runs/grown
     python train.py --model small --init runs/grown
 
 For weights whose attention has saturated (benchmarks/checks/check_attention.py). All weights are kept but those of the
@@ -51,8 +51,11 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     refuse_foreign(args.out, False, "nothing")
     model, noise_scheduler, metadata = load_weights(args.source)
-    if model.config.conditioning != "linear" or model.config.middle_layers:
-        raise InputError(f"{args.source}: expected a network without cross-attention or transformer")
+    config = model.config
+    if config.conditioning != "linear" or config.normalize_attention or config.middle_layers:
+        raise InputError(
+            f"{args.source}: expected a network without cross-attention, normalized attention or transformer"
+        )
     torch.manual_seed(args.seed)
     grown = grow(model, args.layers)
     write_weights(args.out, grown, noise_scheduler, metadata)

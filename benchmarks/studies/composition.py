@@ -1,6 +1,6 @@
 """Composition of single objects (AND, Liu et al., arXiv 2206.01714) against the label of the whole scene.
 
-    python benchmarks/studies/composition.py --out docs/composition.json    # and prints a table in Markdown
+    python benchmarks/studies/composition.py --weights DIR --out docs/composition.json   # prints a table, Markdown
 
 The network is asked once for each object alone, and the guidance of all of them is added up:
 unconditional + w * sum over objects (prediction given that object - unconditional). So a model that has only seen
@@ -22,7 +22,7 @@ from dataset import to_uint8
 from diffusion import Network
 from infra.commands import Parser, command, number, to_path
 from infra.device import choose_setup, device_name, join_processes, prepare
-from infra.files import write_json
+from infra.files import load_json, write_json
 from lab import load_evaluator
 from label_files import load_conditions, load_objects
 from pipeline import Painter
@@ -75,7 +75,11 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--weights", type=to_path, default=SHIPPED)
     parser.add_argument("--seeds", type=number(int, 1), default=10)
     parser.add_argument("--num-images", type=number(int, 1), help="of each list, to try it out")
+    parser.add_argument("--figures", action="store_true", help="only the table of what --out holds")
     args = parser.parse_args(argv)
+    if args.figures:
+        table(load_json(args.out)["results"])
+        return
     state = join_processes()
     stored = stored_results(args.out, args.weights)
     model, noise_scheduler, metadata = load_weights(args.weights)

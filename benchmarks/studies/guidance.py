@@ -1,6 +1,6 @@
 """Guidance scale and interval against two judges: a table in Markdown and a figure.
 
-    python benchmarks/studies/guidance.py --out docs/guidance   # docs/guidance.json and .png
+    python benchmarks/studies/guidance.py --weights DIR --out docs/guidance   # docs/guidance.json and .png
 
 On validation.json, seeds 100 and 101, so that scale and interval may be chosen by it; all other options are
 those that come with the weights. The evaluator is blind to a second copy of an object; the second judge
@@ -57,7 +57,7 @@ def draw(results: list[dict], kind: str, path: Path):
         axes.set(xlabel=f"{kind} scale", ylabel=f"{title}, validation.json")
         axes.grid(alpha=0.3)
     sides[0].legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
 
 
 def compare(description: str, kind: str, runs: list[tuple[float, int, int]], common: list):

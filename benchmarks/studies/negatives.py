@@ -1,6 +1,6 @@
 """Scale and interval of negative prompting against two judges: a table in Markdown and a figure.
 
-    python benchmarks/studies/negatives.py --out docs/negatives   # docs/negatives.json and .png
+    python benchmarks/studies/negatives.py --weights DIR --out docs/negatives   # docs/negatives.json and .png
 
 The negatives are labels in which two objects of one colour have the same shape. On validation.json, seeds 100
 to 103, so that scale and interval may be chosen by it. What docs/negatives.json already holds is not sampled

@@ -1,6 +1,6 @@
 """Accuracy against sampling steps: a table in Markdown and a figure.
 
-    python benchmarks/studies/steps.py --out docs/steps   # docs/steps.json and .png; half an hour on 2 cores
+    python benchmarks/studies/steps.py --weights DIR --out docs/steps   # docs/steps.json and .png, in half an hour
 
 On validation.json, so that a sampler may be chosen by it; with 1000 steps only on its first 32 conditions.
 What docs/steps.json already holds is not sampled again.
@@ -35,7 +35,7 @@ RUNS["ddpm 1000"] = ["--sampler", "ddpm", "--steps", 1000, "--num-images", 32]
 
 
 def sweep(description: str, runs: dict[str, list], measure: Callable | None = None) -> tuple[list, Path]:
-    """Sample validation.json once for each of `runs`, key -> options of sample.py. Reads --weights and --out.
+    """Sample validation.json once for each of `runs`, key -> options of sample.py. Reads --weights, --out, --figures.
     Returns the reports, in the order of `runs`, and the path of the figure.
 
     Reports are kept in a file; what it holds of these weights is not sampled again. `measure(folder)`, where
@@ -44,8 +44,12 @@ def sweep(description: str, runs: dict[str, list], measure: Callable | None = No
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--weights", type=Path, default=SHIPPED, help="default: those that ship")
     parser.add_argument("--out", type=Path, required=True, help="path of the results, without .json and .png")
+    parser.add_argument("--figures", action="store_true", help="only the table and the figure of what --out holds")
     args = parser.parse_args()
     path = Path(f"{args.out}.json")
+    if args.figures:
+        results = load_json(path)["results"]
+        return [results[key] for key in runs], Path(f"{args.out}.png")
     stored = stored_results(path, args.weights)
     results = stored["results"]
     for key, options in runs.items():
@@ -103,7 +107,7 @@ def draw(results: list[dict], path: Path):
     axes.set(xlabel="steps", ylabel="accuracy on validation.json", xscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
 
 
 def main():

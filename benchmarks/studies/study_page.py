@@ -120,7 +120,7 @@ def draw_rows(results: dict, budget: str, path: Path):
     axes.set(xlabel="share, on validation.json", xlim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -142,7 +142,7 @@ def draw_curves(results: dict, budget: str, path: Path):
     label_axes(panels[0], "pictures seen", "accuracy on validation.json")
     label_axes(panels[1], "minutes of one idle core" if budget == "quick" else "minutes", "")
     panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -176,7 +176,7 @@ def draw_backgrounds(results: dict, budget: str, path: Path):
     right.set(xlabel="spread over samples, grey levels", xscale="log")
     right.grid(alpha=0.3)
     right.legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
