@@ -295,7 +295,11 @@ def draw_pictures(step: int, batch_size: int, data: ICLEVRDataset, hard_share: f
 
 def draw_labels(indices: torch.Tensor, data: ICLEVRDataset, wrong_share: float) -> torch.Tensor:
     """Indices [B] of the pictures whose labels those at `indices` [B] are to be given: their own, but for a share that
-    is given that of a confusable one. Draws from PyTorch's generator of the CPU."""
+    is given that of a confusable one. Draws from PyTorch's generator of the CPU.
+
+    For guidance distillation: sampling also passes pictures that are about to show a mistake, which no picture of the
+    data with its own label is like.
+    """
     if not wrong_share:
         return indices
     labels_of = indices.clone()

@@ -185,10 +185,8 @@ def train(
             # works on its share, so the number of processes changes nothing.
             torch.manual_seed(seed_of(args.seed, step))
             indices = draw_pictures(step, batch_size, data, args.hard_share, args.seed)
-            batch = indices.to(device, non_blocking=True)
-            clean = to_float(images[batch])  # [B, 3, 64, 64] in [-1, 1]
-            # A student is also shown what sampling passes: pictures that are about to become a mistake.
-            label_indices = draw_labels(indices, data, args.wrong_labels)
+            label_indices = draw_labels(indices, data, args.wrong_labels)  # the same, but for --wrong-labels
+            clean = to_float(images[indices.to(device, non_blocking=True)])  # [B, 3, 64, 64] in [-1, 1]
             label = labels[label_indices.to(device, non_blocking=True)]  # [B, 24]
             # The forward process (arXiv 2006.11239, equation 4): noise at a random timestep for each picture.
             noise = torch.randn_like(clean)

@@ -281,9 +281,7 @@ def test_the_likelihood_ratio_tells_right_labels_from_mistaken_ones():
     labels = data.labels[:9]
     mistakes = [labels_with_one_mistake(condition, OBJECTS) for condition in data.conditions[:9]]
     ratios = diffusion.likelihood_ratio(model, noise_scheduler, images, labels, mistakes)
-    nothing = [torch.zeros(1, 24)] * 9
-    over_nothing = diffusion.likelihood_ratio(model, noise_scheduler, images, labels, nothing)
-    assert (ratios > 0).float().mean() >= 0.9 and (over_nothing > 0).all()
+    assert (ratios > 0).float().mean() >= 0.9
 
     first = torch.stack([mistake[0] for mistake in mistakes])
     swapped = diffusion.likelihood_ratio(model, noise_scheduler, images, first, list(labels.split(1)))
