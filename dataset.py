@@ -206,16 +206,18 @@ class ICLEVRDataset(Dataset):
     def confusable(self) -> list[list[int]]:
         """For each picture the indices of others that it might be by a mistake, one for each such condition: one of
         its objects in another shape, or one object less."""
-        picture_of = {frozenset(condition): i for i, condition in enumerate(self.conditions)}
+        # Sorted lists, not sets: an extra picture may show an object twice.
+        picture_of = {tuple(sorted(condition)): i for i, condition in enumerate(self.conditions)}
         found: list[list[int]] = []
         for condition in self.conditions:
-            changed: list[frozenset[str]] = []
-            for name in condition:
-                others = set(condition) - {name}
-                changed.append(frozenset(others))
-                same_colour = [other for other in self.objects if colour_of(other) == colour_of(name)]
-                changed += [frozenset(others | {other}) for other in same_colour if other not in condition]
-            found.append([picture_of[objects] for objects in changed if objects in picture_of])
+            changed: list[list[str]] = []
+            for position, name in enumerate(condition):
+                others = condition[:position] + condition[position + 1 :]
+                changed.append(others)
+                shapes = [other for other in self.objects if colour_of(other) == colour_of(name) and other != name]
+                changed += [[*others, other] for other in shapes]
+            keys = [tuple(sorted(objects)) for objects in changed]
+            found.append([picture_of[key] for key in keys if key in picture_of])
         return found
 
     def sha256(self) -> str:

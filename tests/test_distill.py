@@ -139,6 +139,13 @@ def test_a_share_of_the_labels_differs_by_a_mistake():
     assert 700 < kinds.count((0, 0)) < 800 and kinds.count((1, 0)) > 50 and kinds.count((1, 1)) > 50
 
 
+def test_an_object_that_is_there_twice_may_be_a_mistake_too(extra):
+    """Of a red cube and a red sphere two red cubes, and the other way round; not a single one."""
+    data = ICLEVRDataset(extra, extra / "labels.json", OBJECTS, may_repeat=True)
+    assert data.conditions[:2] == [["red cube", "red cube"], ["red cube", "red sphere"]]
+    assert [set(confusable) for confusable in data.confusable] == [{1}, {0}, set()]
+
+
 def test_wrong_labels_are_only_for_a_student(refused, tmp_path):
     refused(train.main, ["--wrong-labels", "0.3", "--out", tmp_path / "run"], "--wrong-labels 0.3", "--distill")
 
