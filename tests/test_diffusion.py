@@ -271,6 +271,21 @@ def test_of_several_hard_negatives_only_the_nearest_counts():
 # -------------------------------------------------------------------------------------------------- reranking
 
 
+def test_the_lift_over_no_label_is_the_difference_of_two_errors():
+    """Of a network that predicts a clean picture of 0.5 for a label of one object, and of 0 for none."""
+    noise_scheduler = build("small", prediction_type="sample", beta_schedule="squaredcos_cap_v2")[1]
+    values = torch.tensor([0.5, -0.5])
+    images = values.view(2, 1, 1, 1).expand(2, *diffusion.PICTURE)
+
+    def network(images, timesteps, labels):
+        return 0.5 * labels.sum(1).view(-1, 1, 1, 1).expand_as(images)
+
+    labels = multi_hot([["red cube"], ["blue sphere"]], OBJECTS)
+    nothing = [torch.zeros(1, 24)] * 2
+    ratios = diffusion.likelihood_ratio(network, noise_scheduler, images, labels, nothing)
+    torch.testing.assert_close(ratios, values**2 - (values - 0.5) ** 2)
+
+
 @pytest.mark.slow
 def test_the_likelihood_ratio_tells_right_labels_from_mistaken_ones():
     """On training pictures; also with a mistake for the label and the label for a mistake."""
