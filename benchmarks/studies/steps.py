@@ -47,16 +47,13 @@ def sweep(description: str, runs: dict[str, list], measure: Callable | None = No
     parser.add_argument("--figures", action="store_true", help="only the table and the figure of what --out holds")
     args = parser.parse_args()
     path = Path(f"{args.out}.json")
-    if args.figures:
-        results = load_json(path)["results"]
-        return [results[key] for key in runs], Path(f"{args.out}.png")
-    stored = stored_results(path, args.weights)
+    stored = load_json(path) if args.figures else stored_results(path, args.weights)
     results = stored["results"]
     for key, options in runs.items():
-        if key not in results:
+        if key not in results and not args.figures:
             results[key] = paint(args.weights, options, measure)
             write_json(path, stored)
-    return [results[key] for key in runs], Path(f"{args.out}.png")
+    return [results[key] for key in runs if key in results], Path(f"{args.out}.png")
 
 
 def stored_results(path: Path, weights: Path) -> dict:
