@@ -27,7 +27,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--labels", type=to_path, default=ROOT / "train.json", help="their labels (default: train.json)")
     add("--held-out", type=to_path,
         help="renders of the same labels, not trained on (default: data/held_out.npz)")  # fmt: skip
-    add("--figures", type=to_path, nargs="+", default=[], help="PNG files to put on the page as well")
     return parser.parse_args(argv)
 
 
@@ -139,10 +138,8 @@ def main(argv: list[str] | None = None):
     out = args.out or args.images / "report.html"
     objects = load_objects()
     refuse_other_page(out)
-    curves = {path.stem: figures.png_url(path) for path in args.figures}
     held_out = load_held_out(args.held_out, args.labels, objects)
     page = build(args.images, held_out, lambda: load_data(args.data, args.labels, objects)[0])
-    page["figures"] = curves
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((ROOT / "report" / "page.jinja").read_text(encoding="utf-8"))
     out.parent.mkdir(parents=True, exist_ok=True)
