@@ -77,6 +77,9 @@ ROWS: dict[str, Row] = {
     "(32, 64, 64), patches": Row("network", {"network": TINY}, training_seeds=2),
     "2 layers a block": Row("network", {"network": {"layers_per_block": 2}}),
     "no attention": Row("network", {"network": NO_ATTENTION}),
+    # Attention that cannot saturate, and a transformer where the feature map is smallest
+    "normalized attention": Row("network", {"network": {"normalize_attention": True}}, budgets=()),
+    "middle transformer": Row("network", {"network": {"normalize_attention": True, "middle_layers": 4}}, budgets=()),
     # Half an hour each on one core
     "base, 30 minutes": Row("half an hour", minutes=30, training_seeds=2, budgets=QUICK),
     "object tokens, 30 minutes": Row(
@@ -89,9 +92,6 @@ ROWS: dict[str, Row] = {
     "report's recipe, mixed (32, 64, 64)": Row("half an hour", REPORT, preset="tiny-mixed", minutes=30),
     "report's recipe, (32, 64, 64)": Row("half an hour", REPORT, preset="tiny-attention", budgets=FULL),
     "reference": Row("half an hour", REPORT, preset="reference", budgets=FULL),
-    # Attention that cannot saturate, and a transformer where the feature map is smallest
-    "normalized attention": Row("network", {"network": {"normalize_attention": True}}, budgets=()),
-    "middle transformer": Row("network", {"network": {"normalize_attention": True, "middle_layers": 4}}, budgets=()),
     # Run only when they are named. Most were in the search for the preset `small` (docs/study.md).
     "learning rate 1.5e-3": Row("recipe", {"training": {"learning_rate": 1.5e-3}}, budgets=()),
     "learning rate 6e-3": Row("recipe", {"training": {"learning_rate": 6e-3}}, budgets=()),
