@@ -17,7 +17,7 @@ from conftest import ROOT
 from model import build
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from studies import composition
+from studies import composition, guidance, negatives, steps
 
 pytestmark = pytest.mark.slow
 BENCHMARKS = ROOT / "benchmarks"
@@ -60,6 +60,11 @@ def test_a_study_prints_the_table_in_the_docs(study, tmp_path):
     assert (tmp_path / f"{study}.json").read_text() == stored
     assert (tmp_path / f"{study}.png").stat().st_size > 5000
     assert table in (ROOT / "docs" / "speed.md").read_text() + (ROOT / "weights" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("study", [steps, guidance, negatives])
+def test_a_study_without_its_file_tells_so_in_one_line(study, tmp_path, refused):
+    refused(study.main, ["--out", tmp_path / "none", "--figures"], "none.json: no such file")
 
 
 def test_grown_weights_have_attention_that_compares_and_train_on(seedling, argv, tmp_path):

@@ -17,6 +17,7 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from infra.commands import command
 from report.metrics import load_samples, runs_of, scores
 from studies.steps import sweep
 
@@ -60,16 +61,22 @@ def draw(results: list[dict], kind: str, path: Path):
     figure.savefig(path, dpi=90)
 
 
-def compare(description: str, kind: str, runs: list[tuple[float, int, int]], common: list):
-    """Sample with each scale and interval (low, high) of `kind` and the `common` options; draw and print."""
+def compare(argv: list[str] | None, description: str, kind: str, runs: list[tuple[float, int, int]], common: list):
+    """Sample with each scale and interval (low, high) of `kind` and the `common` options; draw and print. `argv`: as
+    for `sweep`."""
     options = {}
     for scale, low, high in runs:
         own = [f"--{kind}-scale", scale, f"--{kind}-interval", low, high]
         options[f"{scale:g} {low} {high}"] = own + common
-    results, figure_path = sweep(description, options, judge_twice)
+    results, figure_path = sweep(argv, description, options, judge_twice)
     draw(results, kind, figure_path)
     table(results, kind)
 
 
+@command
+def main(argv: list[str] | None = None):
+    compare(argv, __doc__.split("\n")[0], "guidance", RUNS, ["--seed", 100, "--seeds", 2])
+
+
 if __name__ == "__main__":
-    compare(__doc__.split("\n")[0], "guidance", RUNS, ["--seed", 100, "--seeds", 2])
+    main()

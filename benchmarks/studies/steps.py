@@ -6,7 +6,6 @@ On validation.json, so that a sampler may be chosen by it; with 1000 steps only 
 What docs/steps.json already holds is not sampled again.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sample
 from checkpoint import SHIPPED, WEIGHTS_NAME
 from evaluator import default_weights
+from infra.commands import Parser, command
 from infra.files import file_sha256, load_json, write_json
 
 RUNS = {  # options of sample.py
@@ -34,25 +34,30 @@ RUNS["ddpm 100"] = ["--sampler", "ddpm", "--steps", 100, "--seeds", 1]
 RUNS["ddpm 1000"] = ["--sampler", "ddpm", "--steps", 1000, "--num-images", 32]
 
 
-def sweep(description: str, runs: dict[str, list], measure: Callable | None = None) -> tuple[list, Path]:
-    """Sample validation.json once for each of `runs`, key -> options of sample.py. Reads --weights, --out, --figures.
-    Returns the reports, in the order of `runs`, and the path of the figure.
+def sweep(
+    argv: list[str] | None, description: str, runs: dict[str, list], measure: Callable | None = None
+) -> tuple[list, Path]:
+    """Sample validation.json once for each of `runs`, key -> options of sample.py. Reads --weights, --out, --figures
+    from `argv`. Returns the reports, in the order of `runs`, and the path of the figure. Raises InputError.
 
     Reports are kept in a file; what it holds of these weights is not sampled again. `measure(folder)`, where
     given, looks at the folder of pictures and returns what to add to the report.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("--weights", type=Path, default=SHIPPED, help="default: those that ship")
     parser.add_argument("--out", type=Path, required=True, help="path of the results, without .json and .png")
     parser.add_argument("--figures", action="store_true", help="only the table and the figure of what --out holds")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     path = Path(f"{args.out}.json")
-    stored = load_json(path) if args.figures else stored_results(path, args.weights)
-    results = stored["results"]
-    for key, options in runs.items():
-        if key not in results and not args.figures:
-            results[key] = paint(args.weights, options, measure)
-            write_json(path, stored)
+    if args.figures:
+        results = load_json(path)["results"]
+    else:
+        stored = stored_results(path, args.weights)
+        results = stored["results"]
+        for key, options in runs.items():
+            if key not in results:
+                results[key] = paint(args.weights, options, measure)
+                write_json(path, stored)
     return [results[key] for key in runs if key in results], Path(f"{args.out}.png")
 
 
@@ -107,8 +112,9 @@ def draw(results: list[dict], path: Path):
     figure.savefig(path, dpi=90)
 
 
-def main():
-    results, figure_path = sweep(__doc__.split("\n")[0], RUNS)
+@command
+def main(argv: list[str] | None = None):
+    results, figure_path = sweep(argv, __doc__.split("\n")[0], RUNS)
     draw(results, figure_path)
     print(table(results))
 
