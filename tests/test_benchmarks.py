@@ -97,6 +97,17 @@ def test_grown_weights_have_attention_that_compares_and_train_on(seedling, argv,
     assert children.finish(children.start("train", run, tmp_path)) == 0, children.output(tmp_path)
 
 
+def test_right_pictures_with_little_noise_stay_right():
+    script = ["benchmarks/checks/check_noised.py", "weights/small", "--num-images", 6]
+    rows = {}
+    for name, options in {"plain": [], "guided": ["--guidance-scale", 2, "--negative-scale", 2]}.items():
+        lines = run_script(*script, *options, python=children.warm_python()).strip().split("\n")[4:]
+        rows[name] = [[float(cell) for cell in line.split("|")[1:-1]] for line in lines]
+        assert [row[0] for row in rows[name]] == [928, 728, 528, 328]
+        assert rows[name][-1][1] > 0.9  # accuracy
+    assert rows["plain"] != rows["guided"]
+
+
 def test_composition_adds_up_what_each_object_changes():
     network, _ = build("small")
     network.eval()
