@@ -337,8 +337,7 @@ def generate(
 
 # --------------------------------------------------------------------------------------- best-of-N reranking
 
-RATIO_TIMESTEPS = (400, 600)  # at which the denoising error is measured
-RATIO_DRAWS = 2  # of noise at each of them
+RATIO_TIMESTEPS = (400, 400, 600, 600)  # at which the denoising error is measured, each with a noise of its own
 
 
 @torch.no_grad()
@@ -348,14 +347,20 @@ def likelihood_ratio(
     images: torch.Tensor,
     labels: torch.Tensor,
     other_labels: Sequence[torch.Tensor],
+    learned_scale: float = 1.0,
+    learned_interval: Interval = (0, 1000),
+    ratio_timesteps: Sequence[int] = RATIO_TIMESTEPS,
 ) -> torch.Tensor:
     """How much better images [B, 3, 64, 64] in [-1, 1] fit their labels [B, 24] than any other label: [B].
 
     The denoising error given a label bounds the negative log likelihood of a picture given that label. The
     result is the least error among the other labels of a picture, [K, 24] with K > 0, minus the error of its
     own label: a log likelihood ratio but for a factor. Above 0 the picture shows what it should. With zeros
-    for other label it is the lift of CompLift (arXiv 2505.13740). All pictures get the same noise, so that
-    candidates may be compared.
+    for other label it is the lift of CompLift (arXiv 2505.13740). An error is the mean over `ratio_timesteps`, each
+    with a draw of noise. All pictures get the same noise, so that candidates may be compared.
+
+    What a student of guidance distillation predicts is guided, so its error bounds no likelihood. `learned_scale`
+    and `learned_interval`: the guidance that it learned, which is taken back. Negative prompting is not.
     """
     device = images.device
     generator = torch.Generator().manual_seed(0)
@@ -365,17 +370,19 @@ def likelihood_ratio(
     tried = torch.cat([labels, *(others.to(device) for others in other_labels)])  # [B + all K, 24]
     # The mean squared error of the prediction, as in training, is the bound's only part that depends on the label.
     errors = torch.zeros(len(rows), device=device)
-    for t in RATIO_TIMESTEPS:
-        for _ in range(RATIO_DRAWS):
-            # One noise for all: the difference of two errors has then far less variance than each of them.
-            noise = torch.randn(1, *images.shape[1:], generator=generator).to(device).expand_as(images)
-            timesteps = torch.full_like(everyone, t)
-            noisy = noise_scheduler.add_noise(images, noise, timesteps)
-            target = target_of(noise_scheduler, images, noise, timesteps)
-            prediction = predict(model, noisy[rows], timesteps[rows], tried, 2 * len(images))
-            errors += (prediction - target[rows]).square().mean((1, 2, 3))
+    for t in ratio_timesteps:
+        # One noise for all: the difference of two errors has then far less variance than each of them.
+        noise = torch.randn(1, *images.shape[1:], generator=generator).to(device).expand_as(images)
+        timesteps = torch.full_like(everyone, t)
+        noisy = noise_scheduler.add_noise(images, noise, timesteps)
+        target = target_of(noise_scheduler, images, noise, timesteps)
+        prediction = predict(model, noisy[rows], timesteps[rows], tried, 2 * len(images))
+        if learned_scale not in (0, 1) and learned_interval[0] <= t <= learned_interval[1]:
+            unconditional = model(noisy, timesteps, torch.zeros_like(labels))[rows]
+            prediction = unconditional + (prediction - unconditional) / learned_scale
+        errors += (prediction - target[rows]).square().mean((1, 2, 3))
     own = errors[: len(images)]
     others = errors[len(images) :]
     # The hardest of the other labels to tell from the own one.
     least = torch.full_like(own, torch.inf).scatter_reduce(0, rows[len(images) :], others, "amin")
-    return (least - own) / (len(RATIO_TIMESTEPS) * RATIO_DRAWS)
+    return (least - own) / len(ratio_timesteps)

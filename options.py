@@ -70,6 +70,8 @@ RANGES = {  # of the options of `generate`; both bounds of an interval
     "negative_interval": (0, 1000),
     "evaluator_scale": (0, 100),
 }
+# Of a student of guidance distillation: the guidance that is in its predictions. No options of sample.py.
+LEARNED_RANGES = {"learned_scale": (0, 100), "learned_interval": (0, 1000)}
 
 
 def recipe_options(preset: str) -> dict:
@@ -79,17 +81,18 @@ def recipe_options(preset: str) -> dict:
 
 
 def check_options(options, where: str):
-    """Raise InputError unless `options`, which weights bring along, are some that `generate` takes."""
+    """Raise InputError unless `options`, which weights bring along, are some that a `Painter` takes."""
     if not isinstance(options, dict) or not {"sampler", "steps", "guidance_scale"} <= options.keys():
         raise InputError(f"{where}: expected sampler, steps and guidance_scale, got {shown(options)}")
+    ranges = RANGES | LEARNED_RANGES
     for name, value in options.items():
-        if name not in ("sampler", *RANGES):
+        if name not in ("sampler", *ranges):
             raise InputError(f"{where}, {shown(name)}: no option of sampling")
         if name == "sampler":
             is_right = value in list(SAMPLERS)
             expected = f"one of {', '.join(SAMPLERS)}"
         else:
-            low, high = RANGES[name]
+            low, high = ranges[name]
             count = 2 if name.endswith("_interval") else 1
             kinds = (int,) if name == "steps" else (int, float)
             values = value if count == 2 and isinstance(value, list) else [value]

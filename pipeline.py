@@ -42,8 +42,8 @@ class Painter:
     """Paints batches of conditions, each picture the best of `best_of` candidates by its likelihood ratio.
 
     `network` may be compiled for one size of batches; `plain_network` is the same, not compiled. `objects`: name ->
-    index. `options`: of `generate`. `lift_over`: what a label is compared with, "mistakes" for labels with one mistake
-    in them, or "unconditional" for no label at all.
+    index. `options`: of `generate`, and for a student the learned ones of `likelihood_ratio`. `lift_over`: what a label
+    is compared with, "mistakes" for labels with one mistake in them, or "unconditional" for no label at all.
     """
 
     network: Network
@@ -63,6 +63,7 @@ class Painter:
         on which a picture's noise depends. `callback` as in `generate`."""
         labels = multi_hot(conditions, self.objects).to(self.device)
         options = dict(self.options)
+        learned = {name: options.pop(name) for name in self.options if name.startswith("learned_")}
         options["negative_labels"] = [hard_negatives(condition, self.objects) for condition in conditions]
         options["evaluator"] = self.evaluator
         options["callback"] = callback
@@ -79,7 +80,8 @@ class Painter:
             others = [torch.zeros(1, labels.shape[1])] * len(conditions)
         # Not by the compiled network, which wants all batches of one size.
         ratios = [
-            likelihood_ratio(self.plain_network, self.noise_scheduler, images, labels, others) for images in candidates
+            likelihood_ratio(self.plain_network, self.noise_scheduler, images, labels, others, **learned)
+            for images in candidates
         ]
         best = torch.stack(ratios).argmax(0)  # [B]
         return torch.stack(candidates)[best, torch.arange(len(best))]

@@ -248,6 +248,10 @@ def load_teacher(folder: Path, setup: Setup, objects: dict[str, int]) -> tuple[T
     network, _ = prepare(model, setup)
     options = dict(metadata["sampling"])
     student_options = {"sampler": options.pop("sampler"), "steps": options.pop("steps"), "guidance_scale": 1.0}
+    # The guidance that the student learns, on top of what a teacher that is a student has learned itself.
+    interval = options.pop("learned_interval", options.get("guidance_interval", (0, 1000)))
+    student_options["learned_scale"] = options["guidance_scale"] * options.pop("learned_scale", 1.0)
+    student_options["learned_interval"] = interval
 
     def predict(
         images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor, conditions: list[list[str]]

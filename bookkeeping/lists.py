@@ -24,7 +24,7 @@ from infra.commands import ROOT, InputError, did_you_mean, shown
 from infra.device import choose_precision, device_name
 from infra.files import contents, file_sha256, load_json, lock, remove_temporaries, write_json
 from label_files import check_condition, load_conditions, load_objects
-from options import RANGES
+from options import LEARNED_RANGES, RANGES
 from scoring import Scoring
 
 PROCESS = ["red sphere", "cyan cylinder", "cyan cube"]  # what labs want to see come out of the noise
@@ -37,15 +37,19 @@ DECISIVE = (
     "conditions", "seed", "precision", "weights_sha256", "evaluator_sha256", "best_of", "lift_over",
     "noise_from", "frames", "sampling_version",
 )  # fmt: skip
-DEFAULTS: dict[str, Any] = {  # of `generate`, for options that a report does not name
+DEFAULTS: dict[str, Any] = {  # of a Painter, for options that a report does not name
     "guidance_interval": [0, 1000], "negative_scale": 0, "negative_interval": [0, 1000], "evaluator_scale": 0,
+    "learned_scale": 1, "learned_interval": [0, 1000],
 }  # fmt: skip
 
 
 def decisive(report: dict) -> dict:
     """What in a report decides about its pictures, without the intervals of a guidance that there is not."""
     found: dict[str, Any] = {name: report.get(name) for name in DECISIVE}
-    for name in ("sampler", *RANGES):
+    names = ["sampler", *RANGES]
+    if report.get("best_of"):  # the lift alone needs what a student has learned
+        names += LEARNED_RANGES
+    for name in names:
         found[name] = report.get(name, DEFAULTS.get(name))
         if isinstance(found[name], tuple):
             found[name] = list(found[name])

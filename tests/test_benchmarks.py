@@ -14,9 +14,12 @@ from diffusers.models.attention_processor import Attention
 import children
 from checkpoint import load_weights, write_weights
 from conftest import ROOT
+from label_files import load_conditions, load_objects
+from labels import pairs_of_one_colour
 from model import build
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+from checks import check_lift
 from studies import composition, guidance, negatives, steps
 
 pytestmark = pytest.mark.slow
@@ -106,6 +109,30 @@ def test_right_pictures_with_little_noise_stay_right():
         assert [row[0] for row in rows[name]] == [928, 728, 528, 328]
         assert rows[name][-1][1] > 0.9  # accuracy
     assert rows["plain"] != rows["guided"]
+
+
+def test_the_area_under_the_curve_of_the_lift():
+    is_right = torch.tensor([True, True, False, False])
+    assert check_lift.area_under_curve(torch.tensor([3.0, 2.0, 1.0, 0.0]), is_right) == 1
+    assert check_lift.area_under_curve(torch.tensor([3.0, 1.0, 2.0, 0.0]), is_right) == 0.75
+    assert check_lift.area_under_curve(torch.tensor([0.0, 1.0, 2.0, 3.0]), is_right) == 0
+
+
+def test_the_lift_is_checked_on_conditions_of_no_list():
+    objects = load_objects()
+    drawn = check_lift.draw_conditions(objects, 40, seed=0)
+    lists = [load_conditions(ROOT / f"{name}.json", objects) for name in (*LISTS, "validation")]
+    taken = {frozenset(condition) for conditions in lists for condition in conditions}
+    assert not any(frozenset(condition) in taken for condition in drawn)
+    assert [bool(pairs_of_one_colour(condition)) for condition in drawn] == [True] * 20 + [False] * 20
+
+
+def test_every_lift_has_a_row():
+    line = ["benchmarks/checks/check_lift.py", "weights/small", "--num-images", 4, "--painted-by", "weights/small"]
+    head, _, *table = run_script(*line, python=children.warm_python()).strip().split("\n")
+    assert "of 4 pictures are right for both judges" in head
+    timesteps = [tuple(map(int, row.split("|")[1].split(", "))) for row in table[2:]]
+    assert timesteps == list(check_lift.ROWS)
 
 
 def test_composition_adds_up_what_each_object_changes():

@@ -169,7 +169,7 @@ def test_more_steps_of_ddim_are_no_worse():
     """Noise and picture of a step have to belong together, also where guidance makes it clamp a lot."""
     model, noise_scheduler, metadata = load_weights(SHIPPED)
     labels = multi_hot(load_conditions(ROOT / "validation.json", OBJECTS)[-4:], OBJECTS)
-    options = {**metadata["sampling"], "sampler": "ddim", "negative_scale": 0.0, "guidance_interval": (0, 1000)}
+    options = {"sampler": "ddim", "guidance_scale": metadata["sampling"]["guidance_scale"]}
     seeds = list(range(4))
     model.eval()
     few = diffusion.generate(model, noise_scheduler, labels, seeds, **{**options, "steps": 10})
@@ -284,6 +284,15 @@ def test_the_lift_over_no_label_is_the_difference_of_two_errors():
     nothing = [torch.zeros(1, 24)] * 2
     ratios = diffusion.likelihood_ratio(network, noise_scheduler, images, labels, nothing)
     torch.testing.assert_close(ratios, values**2 - (values - 0.5) ** 2)
+
+    def student(images, timesteps, labels):  # has learned to predict with guidance 3 on timesteps 500 to 1000
+        guidance = torch.where(timesteps >= 500, 3, 1).view(-1, 1, 1, 1)
+        return guidance * network(images, timesteps, labels)
+
+    arguments = (student, noise_scheduler, images, labels, nothing)
+    again = diffusion.likelihood_ratio(*arguments, learned_scale=3.0, learned_interval=(500, 1000))
+    torch.testing.assert_close(again, ratios)
+    assert not torch.allclose(diffusion.likelihood_ratio(*arguments), ratios)
 
 
 @pytest.mark.slow

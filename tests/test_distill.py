@@ -88,7 +88,8 @@ def test_a_student_starts_from_its_teacher_and_learns_its_guidance(there, guidan
     (there / "weights" / "metadata.json").write_text(json.dumps(metadata))
     loss, student = distill(there)
     assert (loss > 3e-14) == (guidance_scale != 1) and loss < 1e-6
-    assert student["sampling"] == metadata["sampling"] | {"guidance_scale": 1.0}
+    learned = {"learned_scale": guidance_scale, "learned_interval": [0, 1000]}
+    assert student["sampling"] == metadata["sampling"] | {"guidance_scale": 1.0} | learned
     assert student["recipe"]["distill"] == student["recipe"]["init"] == "weights"
     before = load_file(there / "weights" / checkpoint.WEIGHTS_NAME)
     after = load_file(checkpoints(there / "s")[-1] / checkpoint.WEIGHTS_NAME)
