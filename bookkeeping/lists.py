@@ -46,10 +46,7 @@ DEFAULTS: dict[str, Any] = {  # of a Painter, for options that a report does not
 def decisive(report: dict) -> dict:
     """What in a report decides about its pictures, without the intervals of a guidance that there is not."""
     found: dict[str, Any] = {name: report.get(name) for name in DECISIVE}
-    names = ["sampler", *RANGES]
-    if report.get("best_of"):  # the lift alone needs what a student has learned
-        names += LEARNED_RANGES
-    for name in names:
+    for name in ("sampler", *RANGES, *LEARNED_RANGES):
         found[name] = report.get(name, DEFAULTS.get(name))
         if isinstance(found[name], tuple):
             found[name] = list(found[name])
@@ -57,6 +54,9 @@ def decisive(report: dict) -> dict:
         found["guidance_interval"] = DEFAULTS["guidance_interval"]
     if not found["negative_scale"]:
         found["negative_interval"] = DEFAULTS["negative_interval"]
+    if not found["best_of"]:  # the lift alone needs what a student has learned
+        for name in LEARNED_RANGES:
+            found[name] = DEFAULTS[name]
     return found
 
 

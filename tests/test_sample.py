@@ -239,14 +239,15 @@ def test_best_of_keeps_one_of_the_candidates_and_the_better_one(tmp_path, condit
     kept = (one - best).abs().amax((1, 2, 3)) < 0.02
     assert 0 < kept.sum() < 6  # some first candidates were the best, others not
 
-    model, noise_scheduler, _ = load_weights(SHIPPED)
+    model, noise_scheduler, metadata = load_weights(SHIPPED)
+    learned = {name: metadata["sampling"][name] for name in ("learned_scale", "learned_interval")}
     model.eval()
     objects = load_objects()
     chosen = load_conditions(conditions, objects)
     labels = multi_hot(chosen, objects)
     mistakes = [labels_with_one_mistake(condition, objects) for condition in chosen]
-    before = diffusion.likelihood_ratio(model, noise_scheduler, one, labels, mistakes)
-    after = diffusion.likelihood_ratio(model, noise_scheduler, best, labels, mistakes)
+    before = diffusion.likelihood_ratio(model, noise_scheduler, one, labels, mistakes, **learned)
+    after = diffusion.likelihood_ratio(model, noise_scheduler, best, labels, mistakes, **learned)
     assert (after[~kept] > before[~kept]).all()
     assert report_of(tmp_path / "best" / "six.json")["best_of"] == 2
 
