@@ -10,7 +10,6 @@ Six minutes on two cores.
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +23,13 @@ from infra.device import choose_setup, join_processes, prepare
 from lab import load_evaluator
 from label_files import load_conditions, load_labels, load_objects
 from labels import labels_with_one_mistake, multi_hot, pairs_of_one_colour
-from options import PRECISIONS
+from options import LEARNED_RANGES, PRECISIONS
 from pipeline import Painter
 from report.metrics import judge
 
 # A draw of noise for each timestep; RATIO_TIMESTEPS, which --best-of uses, has two at 400 and two at 600.
 ROWS = ((300,), (400,), (500,), (600,), (400, 600), RATIO_TIMESTEPS, (300, 400, 500, 600))
 BATCH_SIZE = 32
-AS_PREDICTED: dict[str, Any] = {"learned_scale": 1.0, "learned_interval": (0, 1000)}  # no guidance to take back
 
 
 def draw_conditions(objects: dict[str, int], count: int, seed: int) -> list[list[str]]:
@@ -78,12 +76,12 @@ def main(argv: list[str] | None = None):
 
     model, noise_scheduler, metadata = load_weights(args.weights)
     network, _ = prepare(model, setup)
-    learned = {name: metadata["sampling"].get(name, value) for name, value in AS_PREDICTED.items()}
-    if args.as_predicted:
-        learned = AS_PREDICTED
+    sampling = metadata["sampling"]
+    learned = {} if args.as_predicted else {name: sampling[name] for name in LEARNED_RANGES if name in sampling}
     labels = multi_hot(conditions, objects).to(setup.device)
     mistakes = [labels_with_one_mistake(condition, objects) for condition in conditions]
     has_pair = torch.tensor([bool(pairs_of_one_colour(condition)) for condition in conditions])
+    columns = [torch.ones_like(has_pair), has_pair, ~has_pair]
     print(f"{args.weights}: {int(is_right.sum())} of {len(conditions)} pictures are right for both judges\n")
     print("| timesteps | all | two in one colour | others |\n|---|---|---|---|")
     for timesteps in ROWS:
@@ -94,7 +92,7 @@ def main(argv: list[str] | None = None):
             )
             for part in parts
         ]).cpu()  # fmt: skip
-        areas = [area_under_curve(lift[k], is_right[k]) for k in (has_pair | ~has_pair, has_pair, ~has_pair)]
+        areas = [area_under_curve(lift[k], is_right[k]) for k in columns]
         cells = [", ".join(map(str, timesteps)), *(f"{area:.3f}" for area in areas)]
         print(f"| {' | '.join(cells)} |", flush=True)
 
